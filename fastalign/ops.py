@@ -1,0 +1,127 @@
+"""The torch operators: one schema per direction, fake kernels, autograd, dispatch to a backend.
+
+``fastalign::align`` and ``fastalign::align_backward`` take a ``Problem`` field by field. They run
+whatever ``backend`` names, on any device; ``torch.compile``, FakeTensor and opcheck see shapes that
+follow from the inputs' shapes alone. Gradients exist for q_s, k_s and mix; the teacher has none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends.contract import Forward, Gradients, empty_forward
+from .problem import Problem
+from .registry import load_backend
+from .spec import spec_from_key
+
+_PROBLEM = (
+    "Tensor q_s, Tensor k_s, Tensor? q_t, Tensor? k_t, Tensor? target, Tensor? target_index, "
+    "Tensor? mix, Tensor? lse_s, Tensor? lse_t, Tensor positions, Tensor columns, "
+    "Tensor? row_weight, Tensor segments, Tensor? blocks, Tensor? sink_s, Tensor? sink_t, "
+    "bool causal, int window, float scale_s, float scale_t, float softcap_s, float softcap_t, "
+    "str spec"
+)
+_FIELDS = 23  # of a Problem, in the order of _PROBLEM
+_SAVED = (
+    "Tensor saved_lse_s, Tensor saved_lse_t, Tensor statistics, Tensor entries, Tensor pooled, "
+    "Tensor thresholds"
+)
+
+torch.library.define(
+    "fastalign::align",
+    f"({_PROBLEM}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "fastalign::align_backward",
+    f"({_PROBLEM}, str backend, Tensor grad, {_SAVED}) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def run(problem: Problem, backend: str) -> Tensor:
+    """The loss of a problem on a streaming backend, differentiable in q_s, k_s and mix."""
+    return torch.ops.fastalign.align(*_arguments(problem), backend)[0]
+
+
+def _arguments(problem: Problem) -> tuple[Any, ...]:
+    p = problem
+    return (
+        *(p.q_s, p.k_s, p.q_t, p.k_t, p.target, p.target_index, p.mix, p.lse_s, p.lse_t),
+        *(p.positions, p.columns, p.row_weight, p.segments, p.blocks, p.sink_s, p.sink_t),
+        *(p.causal, p.window, p.scale_s, p.scale_t, p.softcap_s, p.softcap_t, p.spec.key),
+    )
+
+
+def _problem(arguments: tuple[Any, ...]) -> Problem:
+    return Problem(*arguments[: _FIELDS - 1], spec_from_key(arguments[_FIELDS - 1]))
+
+
+@torch.library.impl("fastalign::align", "default")
+def _align(*arguments: Any) -> Forward:
+    return load_backend(arguments[_FIELDS]).forward(_problem(arguments))
+
+
+@torch.library.impl("fastalign::align_backward", "default")
+def _align_backward(*arguments: Any) -> Gradients:
+    grad, *saved = arguments[_FIELDS + 1 :]
+    # the loss itself is of no use to a backward; the upstream gradient stands in its place
+    forward = Forward(grad, *saved)
+    return load_backend(arguments[_FIELDS]).backward(_problem(arguments), forward, grad)
+
+
+@torch.library.register_fake("fastalign::align")
+def _align_fake(*arguments: Any) -> Forward:
+    return empty_forward(_problem(arguments))
+
+
+@torch.library.register_fake("fastalign::align_backward")
+def _align_backward_fake(*arguments: Any) -> Gradients:
+    p = _problem(arguments)
+    mix = p.q_s.new_empty((0,), dtype=p.dtype) if p.mix is None else torch.empty_like(p.mix)
+    return Gradients(
+        p.q_s.new_empty(p.q_s.shape), p.k_s.new_empty(p.k_s.shape), mix.contiguous()
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    ctx.layout = [isinstance(x, Tensor) for x in inputs]
+    ctx.scalars = [x for x in inputs if not isinstance(x, Tensor)]
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    """d loss / d (q_s, k_s, mix) for those that ask; None for everything else, the teacher included."""
+    none = (None,) * len(ctx.layout)
+    if grad is None or not any(ctx.needs_input_grad[i] for i in (0, 1, 6)):
+        return none
+    count = sum(ctx.layout)
+    tensors, scalars = iter(ctx.saved_tensors[:count]), iter(ctx.scalars)
+    arguments = [next(tensors if is_tensor else scalars) for is_tensor in ctx.layout]
+    q, k, mix = torch.ops.fastalign.align_backward(*arguments, grad, *ctx.saved_tensors[count:])
+    wanted = ctx.needs_input_grad
+    return (
+        q if wanted[0] else None,
+        k if wanted[1] else None,
+        *none[2:6],
+        mix if wanted[6] else None,
+        *none[7:],
+    )
+
+
+def _no_double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "fused_attn_align_loss has no second derivative (create_graph=True, or a penalty on its "
+        "gradient); allowed: first derivatives, or backend='reference', which torch differentiates "
+        "as often as asked"
+    )
+
+
+torch.library.register_autograd(
+    "fastalign::align", _differentiate, setup_context=_setup_context
+)
+torch.library.register_autograd("fastalign::align_backward", _no_double_backward)
