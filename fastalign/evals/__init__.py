@@ -1,0 +1,1 @@
+"""Evaluations: benchmarks from local files, and the shapes world (``fastalign.evals.shapes``)."""
