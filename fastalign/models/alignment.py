@@ -1,0 +1,171 @@
+"""``AttentionAlignment``: the loss on two models' visual attention, formed while they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..spec import AlignSpec, resolve_spec
+from .capture import tapped
+from .matching import Matching, Rule, match_layers
+from .step import Step
+from .tokens import Inputs, Rows
+from .view import ModelView
+
+
+class AttentionAlignment:
+    """Aligns a student's attention to the visual tokens with a teacher's.
+
+    ::
+
+        alignment = AttentionAlignment(student, teacher, spec="compodistill")
+        with alignment.step(inputs):
+            with torch.no_grad():
+                teacher(**inputs)
+            out = student(**inputs)
+        loss = out.loss + weight * alignment.loss()
+
+    Inside the step both models run their usual attention; on the way into it, q and k of the matched
+    layers are seen. The teacher's are kept, query rows only, until the student's layer has used them;
+    each layer's loss and its gradient with respect to q and k are formed inside the student's
+    attention call. Outside a step nothing of it remains in either model. It works under
+    non-reentrant gradient checkpointing; a reentrant one is refused.
+
+    Args:
+        student, teacher: transformers vision-language models of known families
+            (``fastalign.models.FAMILIES``), possibly inside PEFT or DistributedDataParallel.
+        spec: what is compared: a recipe's name or an ``AlignSpec``.
+        layers: which layers: see ``match_layers``.
+        rows: which query rows: see ``tokens.choose_rows``. None: the spec's own.
+        backend: see ``fused_attn_align_loss``.
+        layer_reduction: ``"mean"`` or ``"sum"`` over the matched pairs. None: the spec's own.
+        generator: of sampled rows (a CPU generator).
+        check_masks: compare the rebuilt visibility with the mask that each model made, at the first
+            step with batches of that kind; a difference is an error.
+
+    Attributes:
+        matching: student layer -> teacher layers.
+        mix: for ``heads="mix"``, a ``ParameterDict`` of one [H_s, H_t] matrix a student layer,
+            initially 1 / H_s; give ``mix.parameters()`` to the optimizer. None otherwise.
+
+    Raises:
+        ValueError, TypeError: at construction: an unknown family, layer, spec, or one that does not
+            fit the models.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        spec: AlignSpec | str = "compodistill",
+        layers: Rule = "compodistill",
+        rows: Rows | None = None,
+        backend: str = "auto",
+        *,
+        layer_reduction: str | None = None,
+        generator: torch.Generator | None = None,
+        check_masks: bool = True,
+    ) -> None:
+        self.spec = resolve_spec(spec)
+        self.student = ModelView("student", student)
+        self.teacher = ModelView("teacher", teacher)
+        if self.student.model is self.teacher.model:
+            raise ValueError("teacher is the student itself; allowed: two models")
+        self.matching: Matching = match_layers(
+            layers, list(self.student.attentions), list(self.teacher.attentions)
+        )
+        self.rows: Rows = self._default_rows() if rows is None else rows
+        self.backend = backend
+        reduction = self.spec.layer_reduction if layer_reduction is None else layer_reduction
+        if reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"layer_reduction is {layer_reduction!r}; allowed: 'mean', 'sum' or None (the spec's)"
+            )
+        self.layer_reduction = reduction
+        self.generator = generator
+        self.check_masks = check_masks
+        self.mix = self._make_mix() if self.spec.heads == "mix" else None
+        self._checked: set[Any] = set()
+        self._step: Step | None = None
+
+    def _default_rows(self) -> str:
+        if self.spec.rows == "given":
+            return "response"
+        return self.spec.rows
+
+    def _make_mix(self) -> nn.ParameterDict:
+        heads_s = self.student.text_config.num_attention_heads
+        heads_t = self.teacher.text_config.num_attention_heads
+        device = next(self.student.model.parameters()).device
+        return nn.ParameterDict(
+            {
+                str(layer): nn.Parameter(
+                    torch.full((heads_s, heads_t * len(group)), 1 / heads_s, device=device)
+                )
+                for layer, group in self.matching.items()
+            }
+        )
+
+    @contextmanager
+    def step(self, inputs: Inputs, *, teacher_inputs: Inputs | None = None) -> Iterator[Step]:
+        """Run the teacher, then the student, inside.
+
+        Args:
+            inputs: the batch, as it is given to the student: input_ids, attention_mask, labels where
+                rows need them, and whatever else the processor made.
+            teacher_inputs: the teacher's batch where it is another one. None: the same.
+
+        Raises:
+            ValueError: the batches do not fit each other, or lack something.
+            RuntimeError: the teacher was forgotten, a matched layer did not run or ran twice, a mask
+                that cannot be rebuilt, reentrant checkpointing.
+        """
+        self._step = None  # the last step's graph goes before this one's begins
+        step = Step(self, inputs, inputs if teacher_inputs is None else teacher_inputs)
+        self._step = step
+        try:
+            with self.student.capturing(), self.teacher.capturing(), tapped(step.taps()):
+                yield step
+            step.check_complete()
+        except BaseException:
+            self._step = None
+            raise
+        finally:
+            step.release_teacher()
+
+    def loss(self) -> Tensor:
+        """The loss of the last step over all matched pairs: a scalar with gradients to the student.
+
+        Raises:
+            RuntimeError: no step was completed.
+        """
+        losses = list(self._finished().losses.values())
+        total = torch.stack([loss.to(losses[0].device) for loss in losses])
+        return total.mean() if self.layer_reduction == "mean" else total.sum()
+
+    def metrics(self) -> dict[str, float]:
+        """``loss``, and for each student layer ``layer_<i>/loss`` and its ``similarity``.
+
+        The similarity is the mean cosine, given where the spec's loss is one minus it.
+        """
+        losses = self._finished().losses
+        found = {"loss": float(self.loss().detach())}
+        cosine = self.spec.divergence == "cosine" and self.spec.reduction == "mean"
+        for layer, loss in losses.items():
+            value = float(loss.detach())
+            found[f"layer_{layer}/loss"] = value
+            if cosine:
+                found[f"layer_{layer}/similarity"] = 1 - value
+        return found
+
+    def _finished(self) -> Step:
+        if self._step is None or not self._step.complete:
+            raise RuntimeError(
+                "no step was completed; allowed: after `with alignment.step(inputs): ...`, in which "
+                "teacher and student both ran"
+            )
+        return self._step

@@ -1,0 +1,86 @@
+"""The alignment written the other way: eager attention, output_attentions, whole maps, plain torch.
+
+Independent of fastalign: what the capture and the fused loss are measured against.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def eager_copy(model: Any) -> Any:
+    """A copy with eager attention in the decoder (and the same weights)."""
+    other = copy.deepcopy(model)
+    other.set_attn_implementation("eager")
+    return other
+
+
+def attentions(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, dict[int, Tensor]]:
+    """(output, layer -> weights [B, H, L, L]) of a model with eager attention."""
+    output = model(**inputs, output_attentions=True)
+    weights = [w for w in output.attentions if w is not None]
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    layers = decoder.model.layers if layers is None else layers
+    places = [i for i, layer in enumerate(layers) if hasattr(layer, "self_attn")]
+    assert len(places) == len(weights)
+    return output, dict(zip(places, weights, strict=True))
+
+
+def visual_mask(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """[B, L] image tokens."""
+    ids = inputs["input_ids"]
+    mask = ids == model.config.image_token_id
+    if getattr(model.config, "video_token_id", None) is not None:
+        mask = mask | (ids == model.config.video_token_id)
+    return mask
+
+
+def cosine_loss(
+    student: Mapping[int, Tensor],
+    teacher: Mapping[int, Tensor],
+    matching: Mapping[int, Sequence[int]],
+    rows: Tensor,
+    columns: Tensor,
+) -> Tensor:
+    """CompoDistill's formula: 1 - cos of flat head-mean maps, mean over samples and layers.
+
+    rows, columns: [B, L] bool.
+    """
+    losses = []
+    for layer, group in matching.items():
+        s = student[layer].mean(1)
+        t = torch.stack([teacher[j].mean(1) for j in group]).mean(0)
+        terms = []
+        for b in range(len(rows)):
+            x = s[b][rows[b]][:, columns[b]].float().flatten()
+            y = t[b][rows[b]][:, columns[b]].float().flatten()
+            if x.numel() and bool(y.any()):
+                terms.append(1 - x @ y / (x.norm() * y.norm()))
+        losses.append(torch.stack(terms).mean())
+    return torch.stack(losses).mean()
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """Parameter name -> gradient, of those that have one."""
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_error(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """|ours - theirs| / |theirs| over all parameters as one vector.
+
+    A parameter that has a gradient on one side only counts with that gradient.
+    """
+    difference, size = 0.0, 0.0
+    for name in {*ours, *theirs}:
+        a, b = ours.get(name), theirs.get(name)
+        a = torch.zeros_like(b) if a is None else a  # type: ignore[arg-type]
+        b = torch.zeros_like(a) if b is None else b
+        difference += float((a.double() - b.double()).square().sum())
+        size += float(b.double().square().sum())
+    return (difference / size) ** 0.5
