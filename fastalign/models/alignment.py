@@ -29,10 +29,10 @@ class AttentionAlignment:
             out = student(**inputs)
         loss = out.loss + weight * alignment.loss()
 
-    Inside the step both models run their usual attention; on the way into it, q and k of the matched
-    layers are seen. The teacher's are kept, query rows only, until the student's layer has used them;
-    each layer's loss and its gradient with respect to q and k are formed inside the student's
-    attention call. Outside a step nothing of it remains in either model. It works under
+    Inside the step both models run their usual attention; on the way into it, q and k of the
+    matched layers are seen. The teacher's are kept, query rows only, until the student's layer has
+    used them; each layer's loss and its gradient with respect to q and k are formed inside the
+    student's attention call. Outside a step nothing of it remains in either model. It works under
     non-reentrant gradient checkpointing; a reentrant one is refused.
 
     Args:
@@ -83,7 +83,8 @@ class AttentionAlignment:
         reduction = self.spec.layer_reduction if layer_reduction is None else layer_reduction
         if reduction not in ("mean", "sum"):
             raise ValueError(
-                f"layer_reduction is {layer_reduction!r}; allowed: 'mean', 'sum' or None (the spec's)"
+                f"layer_reduction is {layer_reduction!r}; allowed: 'mean', 'sum' or None (the "
+                "spec's)"
             )
         self.layer_reduction = reduction
         self.generator = generator
@@ -115,14 +116,14 @@ class AttentionAlignment:
         """Run the teacher, then the student, inside.
 
         Args:
-            inputs: the batch, as it is given to the student: input_ids, attention_mask, labels where
-                rows need them, and whatever else the processor made.
+            inputs: the batch, as it is given to the student: input_ids, attention_mask, labels
+                where rows need them, and whatever else the processor made.
             teacher_inputs: the teacher's batch where it is another one. None: the same.
 
         Raises:
             ValueError: the batches do not fit each other, or lack something.
-            RuntimeError: the teacher was forgotten, a matched layer did not run or ran twice, a mask
-                that cannot be rebuilt, reentrant checkpointing.
+            RuntimeError: the teacher was forgotten, a matched layer did not run or ran twice, a
+                mask that cannot be rebuilt, reentrant checkpointing.
         """
         self._step = None  # the last step's graph goes before this one's begins
         step = Step(self, inputs, inputs if teacher_inputs is None else teacher_inputs)
@@ -165,7 +166,7 @@ class AttentionAlignment:
     def _finished(self) -> Step:
         if self._step is None or not self._step.complete:
             raise RuntimeError(
-                "no step was completed; allowed: after `with alignment.step(inputs): ...`, in which "
-                "teacher and student both ran"
+                "no step was completed; allowed: after `with alignment.step(inputs): ...`, in "
+                "which teacher and student both ran"
             )
         return self._step

@@ -2,9 +2,9 @@
 
 transformers calls ``fn(module, query, key, value, attention_mask, ...)`` for the name that the
 configuration holds, with q and k after their norms and after rotary embedding. One function is
-registered per base (sdpa, eager, flash_attention_2, ...), with the base's own mask function, without
-which the mask would silently be None. Outside a step, and for modules without a tap, it only
-delegates: results are the base's, bit for bit.
+registered per base (sdpa, eager, flash_attention_2, ...), with the base's own mask function,
+without which the mask would silently be None. Outside a step, and for modules without a tap, it
+only delegates: results are the base's, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,8 @@ def tapped(taps: Mapping[nn.Module, Tap]) -> Iterator[None]:
     for module in taps:
         if module in _taps:
             raise RuntimeError(
-                f"layer {getattr(module, 'layer_idx', '?')} is captured already: a step inside a step; "
-                "allowed: one step at a time for a model"
+                f"layer {getattr(module, 'layer_idx', '?')} is captured already: a step inside a "
+                "step; allowed: one step at a time for a model"
             )
     _taps.update(taps)
     try:
@@ -73,8 +73,8 @@ def tapped(taps: Mapping[nn.Module, Tap]) -> Iterator[None]:
 def capture_name(base: str) -> str:
     """The name under which the capture delegates to ``base``; registers it on its first use.
 
-    The names avoid "sdpa", "flash", "flex_attention" and "/", on which transformers branches. A base
-    that is a capture already (a nested step) stays what it is.
+    The names avoid "sdpa", "flash", "flex_attention" and "/", on which transformers branches. A
+    base that is a capture already (a nested step) stays what it is.
     """
     if base.startswith("fastalign_"):
         return base
@@ -96,8 +96,9 @@ def _register(base: str) -> str:
     name = f"fastalign_{short.get(base) or 'x' + base.encode().hex()}"
     if base not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
         raise ValueError(
-            f"the attention implementation {base!r} has no mask function of its own, so that the model "
-            "runs without a mask; allowed: implementations registered with AttentionMaskInterface too"
+            f"the attention implementation {base!r} has no mask function of its own, so that the "
+            "model runs without a mask; allowed: implementations registered with "
+            "AttentionMaskInterface too"
         )
     AttentionInterface.register(name, _attention_function(base))
     AttentionMaskInterface.register(name, _mask_function(ALL_MASK_ATTENTION_FUNCTIONS[base]))
@@ -105,7 +106,7 @@ def _register(base: str) -> str:
 
 
 def _mask_function(base: Callable[..., Any]) -> Callable[..., Any]:
-    """The base's mask; on the way it notes the grad mode, which a reentrant checkpoint hides later."""
+    """The base's mask; it notes the grad mode, which a reentrant checkpoint hides later."""
 
     def make_mask(*args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("config")
@@ -152,19 +153,20 @@ def _call(module: Any, query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[st
 
 
 def _base_function(base: str, module: nn.Module) -> Callable[..., Any]:
-    """The base's attention function; "eager" lives in each modeling file, with its softcap and sinks."""
+    """The base's function; "eager" lives in each modeling file, with its softcap and sinks."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if base == "eager":
         for cls in type(module).__mro__:
             function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
             if function is not None:
-                return function
+                return cast(Callable[..., Any], function)
         raise RuntimeError(
-            f"{type(module).__name__} has no eager_attention_forward beside it; allowed: a model whose "
-            "modeling file follows transformers' attention interface, or another base (sdpa, flash)"
+            f"{type(module).__name__} has no eager_attention_forward beside it; allowed: a model "
+            "whose modeling file follows transformers' attention interface, or another base (sdpa, "
+            "flash)"
         )
-    return ALL_ATTENTION_FUNCTIONS[base]
+    return cast(Callable[..., Any], ALL_ATTENTION_FUNCTIONS[base])
 
 
 class _Renamed:

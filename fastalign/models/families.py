@@ -1,9 +1,10 @@
 """What each family of vision-language models needs beyond what all of them share.
 
 They share: a decoder whose layers have ``self_attn``, an attention function from transformers'
-registry, ``config.image_token_id``. They differ in who sees whom: some let image tokens, or a prefix,
-see each other in both directions. That is all a ``Family`` says; masks that it states wrongly are
-caught by comparing them with the mask that the model itself made (``visibility.check_mask``).
+registry, ``config.image_token_id``. They differ in who sees whom: some let image tokens, or a
+prefix, see each other in both directions. That is all a ``Family`` says; masks that it states
+wrongly are caught by comparing them with the mask that the model itself made
+(``visibility.check_mask``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One layer's q and k with what their softmax needs; the loss of a pair; maps for pictures and targets."""
+"""One layer's q and k with what their softmax needs; its maps; a loss formed in a forward."""
 
 from __future__ import annotations
 
@@ -131,16 +131,16 @@ def form_loss(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor
     """``function(*inputs)``, a scalar, with its gradient formed at once.
 
     Called inside the student's attention: when it returns, the teacher's q and k are no longer
-    needed, and what is kept for the backward is d loss / d input alone. Nothing is saved through the
-    saved-tensor hooks that are in force: a checkpoint would count the tensors, and would run the
-    layer again to have them back, where the teacher is long gone.
+    needed, and what is kept for the backward is d loss / d input alone. Nothing is saved through
+    the saved-tensor hooks that are in force: a checkpoint would count the tensors, and would run
+    the layer again to have them back, where the teacher is long gone.
     """
     needs = [x is not None and x.requires_grad for x in inputs]
     with _own_saving(), _no_autocast(inputs):
         if not (torch.is_grad_enabled() and any(needs)):
             with torch.no_grad():
                 return function(*inputs)
-        loss: Tensor = _Formed.apply(function, *inputs)  # type: ignore[no-untyped-call]
+        loss: Tensor = _Formed.apply(function, *inputs)
         return loss
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 #: student layer -> the teacher layers whose maps are averaged to be its target
 Matching = dict[int, tuple[int, ...]]
 #: A callable receives the two lists of layer indices and returns such a mapping.
-Rule = str | Mapping[int, int | Sequence[int]] | Callable[[list[int], list[int]], Mapping]
+Mapped = Mapping[int, int | Sequence[int]]
+Rule = str | Mapped | Callable[[list[int], list[int]], Mapped]
 
 NAMES = ("compodistill", "compodistill_code", "uniform", "last", "all")
 
@@ -52,8 +53,8 @@ def match_layers(rule: Rule, student: Sequence[int], teacher: Sequence[int]) -> 
     if isinstance(rule, Mapping):
         return _explicit(rule, student, teacher)
     raise TypeError(
-        f"layers is {type(rule).__name__}; allowed: one of {', '.join(map(repr, NAMES))}, a mapping "
-        "{student layer: [teacher layers]} or a callable that returns one"
+        f"layers is {type(rule).__name__}; allowed: one of {', '.join(map(repr, NAMES))}, a "
+        "mapping {student layer: [teacher layers]} or a callable that returns one"
     )
 
 
@@ -73,8 +74,8 @@ def _by_name(rule: str, student: int, teacher: int) -> dict[int, list[int]]:
     if name == "all":
         if student != teacher:
             raise ValueError(
-                f"layers is 'all' with {student} student and {teacher} teacher layers; allowed: equal "
-                "numbers (or 'uniform', 'compodistill', a mapping)"
+                f"layers is 'all' with {student} student and {teacher} teacher layers; allowed: "
+                "equal numbers (or 'uniform', 'compodistill', a mapping)"
             )
         return {i: [i] for i in range(student)}
     count = _count(rule, argument, student if name == "uniform" else 1, min(student, teacher))
@@ -116,14 +117,14 @@ def code_band(depth: int) -> tuple[int, int]:
     """(first layer, teacher window) as the released code has them.
 
     Its table, 24: (8, 2), 28: (9, 3), 32: (11, 3), 40: (13, 5), is first = round(depth / 3) and
-    window = depth / 2 - 2 - first. That is the rule here for the depths that it lacks, with a window
-    of at least 1; where seven layers do not fit, fewer are aligned.
+    window = depth / 2 - 2 - first. That is the rule here for the depths that it lacks, with a
+    window of at least 1; where seven layers do not fit, fewer are aligned.
     """
     first = (2 * depth + 3) // 6
     return first, max(1, depth // 2 - 2 - first)
 
 
-def _explicit(rule: Mapping, student: list[int], teacher: list[int]) -> Matching:
+def _explicit(rule: Mapped, student: list[int], teacher: list[int]) -> Matching:
     matching: Matching = {}
     for layer, group in rule.items():
         group = (group,) if isinstance(group, int) else tuple(group)

@@ -1,4 +1,4 @@
-"""Maps of attention to the visual tokens, for pictures and for tests; no gradients, no output_attentions."""
+"""Maps of attention to the visual tokens, for pictures and tests: a forward without gradients."""
 
 from __future__ import annotations
 

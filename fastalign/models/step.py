@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -61,15 +60,15 @@ class Step:
         ours, theirs = student.visual.sum(-1).tolist(), teacher.visual.sum(-1).tolist()
         if ours != theirs:
             raise ValueError(
-                f"image tokens per sample: student {ours}, teacher {theirs}; allowed: equal counts at "
-                "the same positions"
+                f"image tokens per sample: student {ours}, teacher {theirs}; allowed: equal counts "
+                "at the same positions"
             )
         if not torch.equal(student.visual, teacher.visual.to(student.visual.device)) or (
             not torch.equal(student.valid, teacher.valid.to(student.valid.device))
         ):
             raise ValueError(
-                "the image tokens or the padding of student and teacher lie at different positions; "
-                "allowed: the same positions in both"
+                "the image tokens or the padding of student and teacher lie at different "
+                "positions; allowed: the same positions in both"
             )
 
     # ------------------------------------------------------------------------- taps
@@ -86,8 +85,8 @@ class Step:
     def _see_teacher(self, layer: int, call: Call) -> None:
         if layer in self.teacher_states or not self.uses[layer]:
             raise RuntimeError(
-                f"teacher layer {layer} ran twice in one step; allowed: one forward of the teacher, "
-                "then one of the student"
+                f"teacher layer {layer} ran twice in one step; allowed: one forward of the "
+                "teacher, then one of the student"
             )
         state = self._state(self.owner.teacher, layer, call)
         self.teacher_states[layer] = state.detach()
@@ -95,8 +94,8 @@ class Step:
     def _see_student(self, layer: int, call: Call) -> None:
         if layer in self.losses:
             raise RuntimeError(
-                f"student layer {layer} ran twice in one step; allowed: one forward of the teacher, "
-                "then one of the student (gradient accumulation: a step for each batch)"
+                f"student layer {layer} ran twice in one step; allowed: one forward of the "
+                "teacher, then one of the student (gradient accumulation: a step for each batch)"
             )
         if call.grad and not torch.is_grad_enabled():
             raise RuntimeError(reentrant_message("student", layer))
@@ -104,8 +103,8 @@ class Step:
         missing = [t for t in group if t not in self.teacher_states]
         if missing:
             raise RuntimeError(
-                f"student layer {layer} ran before teacher layers {missing}; allowed: call the teacher "
-                "first in the step, `with torch.no_grad(): teacher(**inputs)`"
+                f"student layer {layer} ran before teacher layers {missing}; allowed: call the "
+                "teacher first in the step, `with torch.no_grad(): teacher(**inputs)`"
             )
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
             state = self._state(self.owner.student, layer, call)
@@ -122,8 +121,8 @@ class Step:
         if call.query.shape[2] != length or call.key.shape[2] != length:
             raise RuntimeError(
                 f"{view.role} layer {layer} ran with {call.query.shape[2]} queries and "
-                f"{call.key.shape[2]} keys, and the step's batch has length {length}; allowed: whole "
-                "sequences without a filled cache (generate outside of the step)"
+                f"{call.key.shape[2]} keys, and the step's batch has length {length}; allowed: "
+                "whole sequences without a filled cache (generate outside of the step)"
             )
         visibility = layer_visibility(view, layer, call, tokens, self.inputs[view.role])
         checked = (view.role, layer, self.kind)
@@ -197,8 +196,9 @@ class Step:
         missing = [layer for layer in self.owner.matching if layer not in self.losses]
         if missing:
             raise RuntimeError(
-                f"student layers {missing} did not run in the step; allowed: `with torch.no_grad(): "
-                "teacher(**inputs)` and then `student(**inputs)` inside `with alignment.step(inputs)`"
+                f"student layers {missing} did not run in the step; allowed: `with "
+                "torch.no_grad(): teacher(**inputs)` and then `student(**inputs)` inside `with "
+                "alignment.step(inputs)`"
             )
 
     def release_teacher(self) -> None:
@@ -217,5 +217,3 @@ def _on(value: Any, device: torch.device) -> Any:
 def _same(x: Tensor) -> Tensor:
     return x
 
-
-_Function = Callable[..., Tensor]

@@ -62,7 +62,8 @@ def read_tokens(view: ModelView, inputs: Inputs) -> Tokens:
 
     Args:
         inputs: input_ids [B, L]; attention_mask [B, L] or None; position_ids, from which packed
-            sequences are read as transformers reads them (no attention mask, positions that restart).
+            sequences are read as transformers reads them (no attention mask, positions that
+            restart).
 
     Raises:
         ValueError: what the batch lacks, or has in another form.
@@ -71,7 +72,8 @@ def read_tokens(view: ModelView, inputs: Inputs) -> Tokens:
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         came = f"shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(
-            f"inputs['input_ids'] is {came}; allowed: a tensor [B, L] (the image tokens are found in it)"
+            f"inputs['input_ids'] is {came}; allowed: a tensor [B, L] (the image tokens are found "
+            "in it)"
         )
     mask = inputs.get("attention_mask")
     if mask is None:
@@ -89,8 +91,9 @@ def read_tokens(view: ModelView, inputs: Inputs) -> Tokens:
                 continue
             if inputs.get(name) is None:
                 raise ValueError(
-                    f"inputs lack {name!r}; allowed for {view.config.model_type} with images: every "
-                    "output of its processor (without this one, positions would silently be others)"
+                    f"inputs lack {name!r}; allowed for {view.config.model_type} with images: "
+                    "every output of its processor (without this one, positions would silently be "
+                    "others)"
                 )
     if not view.visual_ids:
         raise ValueError(
@@ -129,12 +132,12 @@ def choose_rows(
     Args:
         rule: ``"all"`` valid positions; ``"visual"`` tokens; ``"text"``, valid and not visual;
             ``"response"``, where ``labels`` are not -100 (the rows *of* the response's tokens);
-            ``"instruction"``, text and not response; ``"last"``, the last valid position. A bool mask
-            [B, L] or a function of the batch that returns one. A name may end in ``":n"``: n rows
-            a sample, drawn anew each time without replacement from those at or after the sample's
-            first visual token (earlier ones see none). Each has the weight (rows / n), so that sums
-            and means over rows are unbiased where every such row sees a visual token. The cosine
-            of whole maps is a quotient of such sums: consistent, not unbiased.
+            ``"instruction"``, text and not response; ``"last"``, the last valid position. A bool
+            mask [B, L] or a function of the batch that returns one. A name may end in ``":n"``: n
+            rows a sample, drawn anew each time without replacement from those at or after the
+            sample's first visual token (earlier ones see none). Each has the weight (rows / n), so
+            that sums and means over rows are unbiased where every such row sees a visual token. The
+            cosine of whole maps is a quotient of such sums: consistent, not unbiased.
         generator: of the draw, on the CPU.
 
     Raises:
@@ -186,14 +189,14 @@ def _row_mask(rule: Any, tokens: Tokens, inputs: Inputs) -> Tensor:
             labels = inputs.get("labels")
             if not isinstance(labels, Tensor) or labels.shape != tokens.valid.shape:
                 raise ValueError(
-                    f"rows is {rule!r} and inputs have no labels of shape {list(tokens.valid.shape)}; "
-                    "allowed: labels [B, L], -100 outside the response"
+                    f"rows is {rule!r} and inputs have no labels of shape "
+                    f"{list(tokens.valid.shape)}; allowed: labels [B, L], -100 outside the response"
                 )
             response = labels != IGNORED_LABEL
             return response if rule == "response" else ~response & ~tokens.visual
         raise ValueError(
-            f"rows is {rule!r}; allowed: {', '.join(map(repr, ROW_NAMES))} (with ':<n>' for a sample), "
-            "a bool mask [B, L] or a function of the batch"
+            f"rows is {rule!r}; allowed: {', '.join(map(repr, ROW_NAMES))} (with ':<n>' for a "
+            "sample), a bool mask [B, L] or a function of the batch"
         )
     mask = rule if isinstance(rule, Tensor) else rule(inputs) if callable(rule) else None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

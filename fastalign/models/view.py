@@ -1,4 +1,4 @@
-"""A model seen as its attention layers: unwrapping, layers, bases, and the switch to the capture."""
+"""A model seen as its attention layers: unwrapping, layers, and the switch to the capture."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class ModelView:
         for i, attention in self.attentions.items():
             if attention.config is not self.text_config:
                 raise ValueError(
-                    f"{role}: the attention of layer {i} has a configuration of its own; allowed: the "
-                    "model's text configuration, through which its attention is switched"
+                    f"{role}: the attention of layer {i} has a configuration of its own; allowed: "
+                    "the model's text configuration, through which its attention is switched"
                 )
 
     def layer_type(self, layer: int) -> str:
@@ -116,7 +116,7 @@ def unwrap(role: str, model: Any) -> Any:
             break
     if not (hasattr(model, "config") and hasattr(model, "get_decoder")):
         raise TypeError(
-            f"{role} is {type(model).__name__}; allowed: a transformers vision-language model (also "
-            "inside PEFT, DistributedDataParallel, FSDP or torch.compile)"
+            f"{role} is {type(model).__name__}; allowed: a transformers vision-language model "
+            "(also inside PEFT, DistributedDataParallel, FSDP or torch.compile)"
         )
     return model

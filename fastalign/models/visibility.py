@@ -1,4 +1,4 @@
-"""Who sees whom in one layer, rebuilt from O(L) descriptors, and checked against the model's mask."""
+"""Who sees whom in a layer: rebuilt from O(L) descriptors, checked with the model's mask."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def check_mask(view: ModelView, layer: int, visibility: Visibility, mask: Any) -
     if bool(wrong.any()):
         raise RuntimeError(
             f"{view.role} layer {layer} ({view.config.model_type}, {view.layer_type(layer)}): the "
-            f"visibility rebuilt from the batch differs from the model's mask in {int(wrong.sum())} of "
-            f"{wrong.numel()} places; allowed: masks made of padding, causal order, sliding windows, "
-            "chunks, packed sequences and the bidirectional blocks of the family"
+            "visibility rebuilt from the batch differs from the model's mask in "
+            f"{int(wrong.sum())} of {wrong.numel()} places; allowed: masks made of padding, causal "
+            "order, sliding windows, chunks, packed sequences and the bidirectional blocks of the "
+            "family"
         )

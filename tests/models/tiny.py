@@ -22,7 +22,7 @@ def llava(
     text: str = "llama",
     **changes: Any,
 ) -> Any:
-    """A LlavaForConditionalGeneration over a 3 x 3 patch CLIP tower, weights large enough to look."""
+    """A LLaVA over a 3 x 3 patch CLIP tower; q and k large enough to look somewhere."""
     from transformers import (
         CLIPVisionConfig,
         LlamaConfig,
