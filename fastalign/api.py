@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import maths, ops
-from .registry import choose_backend
+from .registry import check_backend_name
 from .spec import AlignSpec
 from .validate import build_problem, check_values
 
@@ -133,9 +133,9 @@ def fused_attn_align_loss(
         sink_s=sink_s,
         sink_t=sink_t,
     )
-    name = choose_backend(backend, problem)
+    check_backend_name(backend)
     if not torch.compiler.is_compiling():
         check_values(problem)
-    if name == "reference":
+    if backend == "reference":
         return maths.align_loss(problem)
-    return ops.run(problem, name)
+    return ops.run(problem, backend)

@@ -122,4 +122,3 @@ def through_pooling(
 def through_renormalisation(gradient: Tensor, a_s: Tensor) -> Tensor:
     """``normalize="visual"``, in logs: dL/d log A = E - Ā sum_V E with Ā = A / sum_V A."""
     return gradient - a_s * gradient.sum(-1, keepdim=True)
-

@@ -318,9 +318,7 @@ def expand_target(problem: Problem) -> Tensor:
     if target.shape[2] == 0:
         target = torch.nn.functional.pad(target, (0, 0, 0, 1))
     batch, groups = target.shape[:2]
-    by_row = target.gather(
-        2, rows[:, None, :, None].expand(batch, groups, -1, target.shape[-1])
-    )
+    by_row = target.gather(2, rows[:, None, :, None].expand(batch, groups, -1, target.shape[-1]))
     index = columns.clamp(0, target.shape[-1] - 1)[:, None, None, :]
     full = by_row.gather(-1, index.expand(batch, groups, rows.shape[1], -1))
     return full * (used[:, None, :, None] & on_columns[:, None, None, :])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backends.contract import Forward, Gradients, empty_forward
 from .problem import Problem
-from .registry import load_backend
+from .registry import backend_for
 from .spec import spec_from_key
 
 _PROBLEM = (
@@ -42,7 +42,8 @@ torch.library.define(
 
 def run(problem: Problem, backend: str) -> Tensor:
     """The loss of a problem on a streaming backend, differentiable in q_s, k_s and mix."""
-    return torch.ops.fastalign.align(*_arguments(problem), backend)[0]
+    loss: Tensor = torch.ops.fastalign.align(*_arguments(problem), backend)[0]
+    return loss
 
 
 def _arguments(problem: Problem) -> tuple[Any, ...]:
@@ -55,12 +56,14 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
 
 
 def _problem(arguments: tuple[Any, ...]) -> Problem:
-    return Problem(*arguments[: _FIELDS - 1], spec_from_key(arguments[_FIELDS - 1]))
+    return Problem(*arguments[: _FIELDS - 1], spec=spec_from_key(arguments[_FIELDS - 1]))
 
 
 @torch.library.impl("fastalign::align", "default")
 def _align(*arguments: Any) -> Forward:
-    return load_backend(arguments[_FIELDS]).forward(_problem(arguments))
+    problem = _problem(arguments)
+    out: Forward = backend_for(arguments[_FIELDS], problem).forward(problem)
+    return out
 
 
 @torch.library.impl("fastalign::align_backward", "default")
@@ -68,7 +71,10 @@ def _align_backward(*arguments: Any) -> Gradients:
     grad, *saved = arguments[_FIELDS + 1 :]
     # the loss itself is of no use to a backward; the upstream gradient stands in its place
     forward = Forward(grad, *saved)
-    return load_backend(arguments[_FIELDS]).backward(_problem(arguments), forward, grad)
+    problem = _problem(arguments)
+    module = backend_for(arguments[_FIELDS], problem)
+    gradients: Gradients = module.backward(problem, forward, grad)
+    return gradients
 
 
 @torch.library.register_fake("fastalign::align")
@@ -80,9 +86,7 @@ def _align_fake(*arguments: Any) -> Forward:
 def _align_backward_fake(*arguments: Any) -> Gradients:
     p = _problem(arguments)
     mix = p.q_s.new_empty((0,), dtype=p.dtype) if p.mix is None else torch.empty_like(p.mix)
-    return Gradients(
-        p.q_s.new_empty(p.q_s.shape), p.k_s.new_empty(p.k_s.shape), mix.contiguous()
-    )
+    return Gradients(p.q_s.new_empty(p.q_s.shape), p.k_s.new_empty(p.k_s.shape), mix.contiguous())
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
@@ -121,7 +125,5 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
     )
 
 
-torch.library.register_autograd(
-    "fastalign::align", _differentiate, setup_context=_setup_context
-)
+torch.library.register_autograd("fastalign::align", _differentiate, setup_context=_setup_context)
 torch.library.register_autograd("fastalign::align_backward", _no_double_backward)

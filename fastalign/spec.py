@@ -315,7 +315,8 @@ def resolve_spec(spec: AlignSpec | str) -> AlignSpec:
         return spec
     if isinstance(spec, str):
         if spec not in RECIPES:
-            raise ValueError(f"spec is {spec!r}; allowed: an AlignSpec or one of {_listed(RECIPES)}")
+            raise ValueError(
+                f"spec is {spec!r}; allowed: an AlignSpec or one of {_listed(RECIPES)}"
+            )
         return RECIPES[spec].spec
     raise TypeError(f"spec is {type(spec).__name__}; allowed: an AlignSpec or a recipe's name")
-

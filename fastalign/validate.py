@@ -92,14 +92,26 @@ def build_problem(
     _check_count("chunk", chunk)
     _check_devices(
         q_s,
-        dict(
-            k_s=k_s, q_t=q_t, k_t=k_t, visual_mask=visual_mask, query_mask=query_mask,
-            attention_mask=attention_mask, lse_s=lse_s, lse_t=lse_t, target=target,
-            target_index=target_index, mix=mix, row_weight=row_weight,
-            query_positions=query_positions, segment_ids=segment_ids, block_ids=block_ids,
-            sink_s=sink_s, sink_t=sink_t,
-        ),
-    )  # fmt: skip
+        {
+            "k_s": k_s,
+            "q_t": q_t,
+            "k_t": k_t,
+            "visual_mask": visual_mask,
+            "query_mask": query_mask,
+            "attention_mask": attention_mask,
+            "lse_s": lse_s,
+            "lse_t": lse_t,
+            "target": target,
+            "target_index": target_index,
+            "mix": mix,
+            "row_weight": row_weight,
+            "query_positions": query_positions,
+            "segment_ids": segment_ids,
+            "block_ids": block_ids,
+            "sink_s": sink_s,
+            "sink_t": sink_t,
+        },
+    )
 
     device = q_s.device
     if attention_mask is None:
@@ -187,9 +199,7 @@ def _check_side(
                 f"{name} has shape {_shape(x)}; allowed: four dimensions [B, heads, length, head size]"
             )
         if x.dtype not in _FLOATS:
-            raise TypeError(
-                f"{name} is {x.dtype}; allowed: float16, bfloat16, float32 or float64"
-            )
+            raise TypeError(f"{name} is {x.dtype}; allowed: float16, bfloat16, float32 or float64")
     batch, heads, rows, size = q.shape
     if k.shape[0] != batch:
         raise ValueError(f"{k_name} has batch size {k.shape[0]}; allowed: {batch}, as {q_name}")
@@ -278,7 +288,9 @@ def _check_target(
             "target is given with compare='pooled' and sink_sigma: the filter needs the teacher's "
             "whole map; allowed: sink_sigma=None, or q_t and k_t"
         )
-    groups = {"mean": 1, "each": heads_s}.get(spec.heads) or (mix.shape[1] if mix is not None else 1)
+    groups = {"mean": 1, "each": heads_s}.get(spec.heads) or (
+        mix.shape[1] if mix is not None else 1
+    )
     names = "[B, G, C]" if spec.compare == "pooled" else "[B, G, rows, C]"
     rank = 3 if spec.compare == "pooled" else 4
     if target.dim() != rank or tuple(target.shape[:2]) != (batch, groups):
@@ -390,7 +402,9 @@ def _positions(
     elif spec.rows == "all":
         rows = valid
     elif visual is None:
-        raise ValueError(f"visual_mask is None; allowed with rows={spec.rows!r}: a bool tensor [B, L]")
+        raise ValueError(
+            f"visual_mask is None; allowed with rows={spec.rows!r}: a bool tensor [B, L]"
+        )
     else:
         rows = columns if spec.rows == "visual" else valid & ~columns
     place = torch.arange(length, device=valid.device).expand(batch, length)
@@ -413,7 +427,9 @@ def _segments(segment_ids: Tensor | None, valid: Tensor, chunk: int | None) -> T
     if chunk is not None and length:
         place = torch.arange(length, device=valid.device)
         first = valid.to(torch.int8).argmax(-1, keepdim=True)
-        ids = ids * (length + 1) + torch.div(place - first, chunk, rounding_mode="floor").clamp(min=0)
+        ids = ids * (length + 1) + torch.div(place - first, chunk, rounding_mode="floor").clamp(
+            min=0
+        )
     return torch.where(valid, ids, -1).to(torch.int32)
 
 

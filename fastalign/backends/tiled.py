@@ -38,7 +38,7 @@ from .contract import Forward, Gradients, empty_forward
 #: The whole workspace of a call, and the share of it that one tile of scores may take: a handful of
 #: tiles is alive at once (scores, an exponential of them, their gradient, the maps).
 WORKSPACE_BYTES = 64 * 2**20
-TILE_BYTES = WORKSPACE_BYTES // 8
+TILE_BYTES = WORKSPACE_BYTES // 16
 #: Fewer rows than this make poor matrix products; then heads are taken in chunks instead.
 MIN_ROWS = 32
 MAX_ROWS = 256
@@ -87,6 +87,11 @@ class Maps:
     log_t: Tensor
     keep: Tensor
     raw_log_s: Tensor  # log A_s before renormalisation, for the chain to the heads
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Nothing: this backend takes every problem."""
+    return None
 
 
 # --------------------------------------------------------------------------- forward
@@ -204,7 +209,9 @@ def backward(problem: Problem, saved: Forward, grad: Tensor) -> Gradients:
     )
     coefficients = row_coefficients(spec, saved.statistics, weight, saved.entries, grad)
     for sample, visibility, b in _samples(problem):
-        dk_sample = torch.zeros(k.shape[1:], dtype=dtype, device=k.device)
+        # summed over row blocks in the arithmetic's precision; in place where that is k's own
+        exact = k.dtype == dtype
+        dk_sample = dk[b] if exact else torch.zeros(k.shape[1:], dtype=dtype, device=k.device)
         pooled = _pooled_gradient(problem, saved, b, coefficients)
         for block in _blocks(problem, sample, visibility, b, weight):
             maps = _maps(problem, block, saved, (True, True))
@@ -225,7 +232,8 @@ def backward(problem: Problem, saved: Forward, grad: Tensor) -> Gradients:
             if spec.normalize == "visual":
                 gradient = through_renormalisation(gradient, maps.a_s)
             _heads_backward(problem, block, maps, gradient, saved.lse_s, dq, dk_sample, dmix)
-        dk[b] = dk_sample.to(k.dtype)
+        if not exact:
+            dk[b] = dk_sample.to(k.dtype)
     mix_dtype = dtype if problem.mix is None else problem.mix.dtype
     return Gradients(dq, dk, dmix.to(mix_dtype))
 
@@ -436,9 +444,7 @@ def _given_rows(
     return densify(values.to(problem.dtype), index, width)
 
 
-def _scores(
-    side: Side, block: Block, keys: KeySet, heads: range, dtype: torch.dtype
-) -> Tensor:
+def _scores(side: Side, block: Block, keys: KeySet, heads: range, dtype: torch.dtype) -> Tensor:
     """S [h, I, K] of a chunk of heads; -inf where hidden (0 for normalize="none")."""
     kv = _key_heads(heads, side.repeat)
     q = side.q[block.b, heads.start : heads.stop][:, block.rows].to(dtype)
@@ -529,7 +535,9 @@ def _tile_shape(problem: Problem, width: int) -> tuple[int, int]:
 def _room(problem: Problem, block: Block, keys: KeySet) -> int:
     """How many heads' scores of this block fit a tile."""
     rows = len(block.ordinals)
-    width = (keys.index.stop - keys.index.start) if isinstance(keys.index, slice) else len(keys.index)
+    width = (
+        (keys.index.stop - keys.index.start) if isinstance(keys.index, slice) else len(keys.index)
+    )
     return max(1, TILE_BYTES // max(1, rows * width * _itemsize(problem.dtype)))
 
 

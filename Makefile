@@ -1,0 +1,38 @@
+# Two commands are all it takes: `make demo` and `make test`. Both make the environment they need.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# two workers, one thread each: the tests are many small ones
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: help demo test test-slow lint clean
+help:
+	@echo "make demo       distil a small student on images and show the result (minutes, CPU)"
+	@echo "make test       the test suite"
+	@echo "make test-slow  the tests that take longer"
+	@echo "make lint       ruff and mypy"
+
+$(VENV)/.ready: requirements.txt pyproject.toml setup.py
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'fastalign needs Python 3.11 or newer, this is ' + sys.version)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m examples.shapes.demo
+
+test: $(VENV)/.ready
+	$(PYTEST) -m "not slow and not gpu" tests
+
+test-slow: $(VENV)/.ready
+	$(PYTEST) -m "slow and not gpu" tests
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info
