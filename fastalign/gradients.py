@@ -50,7 +50,7 @@ def row_coefficients(
     weight = weight * scale
     if spec.divergence != "cosine":
         return weight.expand_as(statistics[0]).unsqueeze(0)
-    st, ss, tt = unit
+    _, ss, tt = unit
     floor = norm_floor(ss.dtype)
     usable = (ss > floor) & (tt > floor)
     ss, tt = torch.where(usable, ss, 1.0), torch.where(usable, tt, 1.0)

@@ -7,6 +7,7 @@ follow from the inputs' shapes alone. Gradients exist for q_s, k_s and mix; the 
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ _PROBLEM = (
     "bool causal, int window, float scale_s, float scale_t, float softcap_s, float softcap_t, "
     "str spec"
 )
-_FIELDS = 23  # of a Problem, in the order of _PROBLEM
+_NAMES = tuple(field.name for field in fields(Problem))  # in the order of _PROBLEM
+_FIELDS = len(_NAMES)
 _SAVED = (
     "Tensor saved_lse_s, Tensor saved_lse_t, Tensor statistics, Tensor entries, Tensor pooled, "
     "Tensor thresholds"
@@ -47,16 +49,12 @@ def run(problem: Problem, backend: str) -> Tensor:
 
 
 def _arguments(problem: Problem) -> tuple[Any, ...]:
-    p = problem
-    return (
-        *(p.q_s, p.k_s, p.q_t, p.k_t, p.target, p.target_index, p.mix, p.lse_s, p.lse_t),
-        *(p.positions, p.columns, p.row_weight, p.segments, p.blocks, p.sink_s, p.sink_t),
-        *(p.causal, p.window, p.scale_s, p.scale_t, p.softcap_s, p.softcap_t, p.spec.key),
-    )
+    return (*(getattr(problem, name) for name in _NAMES[:-1]), problem.spec.key)
 
 
 def _problem(arguments: tuple[Any, ...]) -> Problem:
-    return Problem(*arguments[: _FIELDS - 1], spec=spec_from_key(arguments[_FIELDS - 1]))
+    values = dict(zip(_NAMES, arguments, strict=False))
+    return Problem(**{**values, "spec": spec_from_key(values["spec"])})
 
 
 @torch.library.impl("fastalign::align", "default")
