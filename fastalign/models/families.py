@@ -45,11 +45,9 @@ def _gemma4_blocks(config: Any, inputs: Inputs, layer_type: str) -> Tensor | Non
 
 
 def _paligemma_blocks(config: Any, inputs: Inputs, layer_type: str) -> Tensor | None:
-    """The prefix (token_type_ids 0) sees itself in both directions, on layers of full attention."""
+    """The prefix (token_type_ids 0) sees itself in both directions, sliding layers included."""
     types = inputs.get("token_type_ids")
-    if types is None or layer_type == "sliding_attention":
-        return None
-    return torch.where(types == 0, 0, -1)
+    return None if types is None else torch.where(types == 0, 0, -1)
 
 
 @dataclass(frozen=True)

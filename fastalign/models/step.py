@@ -216,4 +216,3 @@ def _on(value: Any, device: torch.device) -> Any:
 
 def _same(x: Tensor) -> Tensor:
     return x
-

@@ -22,7 +22,8 @@ def layer_visibility(
     """The visibility of one decoder layer.
 
     The window is the one that the layer passed to its attention; chunks are folded into segments,
-    counted from the first valid position as transformers counts them.
+    counted from the first valid position as transformers counts them. Whether a module says that it
+    is causal matters only where no mask is made for it (PaliGemma's says no, and has a mask).
     """
     kind = view.layer_type(layer)
     segments = torch.zeros_like(tokens.valid, dtype=torch.int64)
@@ -40,7 +41,7 @@ def layer_visibility(
     return Visibility(
         segments=torch.where(tokens.valid, segments, -1).to(torch.int32),
         blocks=None if blocks is None else blocks.to(torch.int32),
-        causal=call.causal,
+        causal=call.causal or call.mask is not None,
         window=call.window or 0,
     )
 

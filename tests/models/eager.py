@@ -84,3 +84,58 @@ def relative_error(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> 
         difference += float((a.double() - b.double()).square().sum())
         size += float(b.double().square().sum())
     return (difference / size) ** 0.5
+
+
+_recorded: dict[int, Tensor] = {}
+
+
+def recorded(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, dict[int, Tensor]]:
+    """(output, layer -> weights [B, H, L, L] in float64) of the attention that really runs.
+
+    The softmax is recomputed from the very q and k of the call and *the mask as it arrives*, so that
+    neither the rounding of eager attention nor any description of masks comes in. Differentiable.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    config = model.config.get_text_config()
+    base = config._attn_implementation
+    AttentionInterface.register(f"recorder_{base[0]}", _recorder)
+    AttentionMaskInterface.register(f"recorder_{base[0]}", ALL_MASK_ATTENTION_FUNCTIONS[base])
+    _recorded.clear()
+    config._attn_implementation = f"recorder_{base[0]}"
+    try:
+        output = model(**inputs)
+    finally:
+        config._attn_implementation = base
+    return output, dict(_recorded)
+
+
+def _recorder(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
+    import sys
+
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    q, k = query.double(), key.double()
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * kwargs["scaling"]
+    if kwargs.get("softcap"):
+        scores = kwargs["softcap"] * torch.tanh(scores / kwargs["softcap"])
+    mask = attention_mask
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    elif mask.dtype != torch.bool:
+        mask = mask == 0
+    scores = scores.masked_fill(~mask, -1e30)
+    if kwargs.get("s_aux") is not None:
+        sinks = kwargs["s_aux"].detach().double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    _recorded[module.layer_idx] = weights
+    if module.config._attn_implementation == "recorder_s":
+        function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    else:
+        function = sys.modules[type(module).__module__].eager_attention_forward
+    return function(module, query, key, value, attention_mask, **kwargs)

@@ -1,0 +1,113 @@
+"""Every supported family against its own eager attention: the limits of docs/support-matrix.md."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastalign.models import AttentionAlignment, visual_attention
+from fastalign.models.families import FAMILIES
+from tests.models import eager, matrix, tiny
+from tests.models.zoo import CASES, IMAGE, Case
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
+
+NAMES = [case.name for case in CASES]
+
+
+def check(case: Case, *, left: bool, checkpointing: bool) -> None:
+    result = matrix.measure(case, left=left, checkpointing=checkpointing)
+    assert result.size > 0.01
+    assert result.map < 1e-5
+    assert result.loss < 1e-4
+    assert result.gradient < 1e-4
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_map_loss_and_gradients(case: Case, left: bool) -> None:
+    check(case, left=left, checkpointing=not left)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_the_other_half_of_the_matrix(case: Case, left: bool) -> None:
+    check(case, left=left, checkpointing=left)
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_bfloat16(case: Case) -> None:
+    result = matrix.measure_bf16(case, left=True)
+    assert result.size > 0.01
+    assert result.map < 1e-5
+    assert result.gradient < 2e-2
+
+
+def test_every_family_has_a_case_and_the_table_shows_every_case() -> None:
+    """The families that share a decoder and its masks with a tested one are named here."""
+    covered = {case.model().config.model_type for case in CASES}
+    twins = {"vipllava", "qwen3_vl_moe", "qwen3_5_moe"}
+    assert covered | twins == set(FAMILIES)
+    assert len(CASES) >= 24
+    lines = [line.split(" | ") for line in matrix.TABLE.read_text().splitlines()]
+    table = {cells[0][2:]: cells for cells in lines if len(cells) == 9 and "e-" in cells[3]}
+    assert list(table) == NAMES
+    for cells in table.values():
+        found_map, loss, gradient, saved, half_map = map(float, cells[3:8])
+        assert max(found_map, half_map) < 1e-5
+        assert max(loss, gradient, saved) < 1e-4
+        assert float(cells[8].rstrip(" |")) < 2e-2
+
+
+def test_a_missing_output_of_the_processor_is_refused() -> None:
+    """Qwen-VL without mm_token_type_ids would silently get 1-D rotary positions."""
+    for name, entry in (
+        ("Qwen2-VL", "mm_token_type_ids"),
+        ("LLaVA-NeXT", "image_sizes"),
+        ("Mistral3", "image_sizes"),
+    ):
+        case = next(case for case in CASES if case.name == name)
+        model = case.model()
+        inputs = case.batch(model, left=False)
+        del inputs[entry]
+        with pytest.raises(ValueError, match=f"inputs lack '{entry}'; allowed for"):
+            visual_attention(model, inputs)
+
+
+def test_a_long_image_in_a_short_window_is_refused() -> None:
+    """Gemma 3 hides keys of the same image beyond the window; the descriptors say otherwise."""
+    case = next(case for case in CASES if case.name == "Gemma 3")
+    model = case.model()
+    model.config.text_config.sliding_window = 3
+    for layer in model.get_decoder().layers:
+        if layer.self_attn.sliding_window:
+            layer.self_attn.sliding_window = 3
+    inputs = case.batch(model, left=False)
+    with pytest.raises(RuntimeError, match=r"layer 0 .* differs from the model's mask"):
+        visual_attention(model, inputs)
+
+
+def test_a_hybrid_model_is_matched_over_its_attention_layers() -> None:
+    case = next(case for case in CASES if case.name == "Qwen3.5")
+    hybrid, plain = case.model(seed=1), tiny.llava(seed=2, layers=2)
+    assert AttentionAlignment(plain, hybrid, layers="all").matching == {0: (1,), 1: (3,)}
+    assert AttentionAlignment(hybrid, plain, layers="last").matching == {3: (1,)}
+    with pytest.raises(ValueError, match=r"teacher layer 2; allowed.*\[1, 3\]"):
+        AttentionAlignment(plain, hybrid, layers={0: 2})
+
+
+def test_the_recorder_itself_agrees_with_eager() -> None:
+    """The float64 reference of the bfloat16 test, checked in float32."""
+    for name in ("LLaVA-1.5, gpt_oss text", "PaliGemma 2", "Gemma 3"):
+        case = next(case for case in CASES if case.name == name)
+        model = case.model()
+        inputs = case.batch(model, left=True)
+        with torch.no_grad():
+            _, ours = eager.recorded(model, inputs)
+            _, theirs = eager.attentions(eager.eager_copy(model), inputs)
+        valid = inputs["attention_mask"].bool()[:, None, :, None]
+        for layer, weights in theirs.items():
+            difference = ((ours[layer] - weights) * valid).abs().max()
+            assert difference < 1e-5
+    assert IMAGE in inputs["input_ids"]
