@@ -1,6 +1,6 @@
 """Train the teacher of the shapes world on a CPU, evaluate it on the test split and save it.
 
-    python examples/shapes/train_teacher.py --out examples/shapes/teacher
+    python -m examples.shapes.train_teacher --out examples/shapes/teacher
 
 Three stages, each from a fixed seed:
 
@@ -28,12 +28,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from muon import Muon
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from examples.shapes.muon import Muon
 from fastalign.evals.shapes.dataset import (
     IGNORE,
     VISUAL_TOKENS,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -176,7 +176,7 @@ def special_ids() -> tuple[int, int, int, int]:
     return tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, image
 
 
-@lru_cache(maxsize=None)
+@cache
 def encode(text: str) -> tuple[int, ...]:
     """Token ids without specials; a cache makes packing fast (there are few thousand texts)."""
     return tuple(_tokenizer()(text, add_special_tokens=False).input_ids)
