@@ -43,6 +43,8 @@ class AttentionAlignment:
         rows: which query rows: see ``tokens.choose_rows``. None: the spec's own.
         backend: see ``fused_attn_align_loss``.
         layer_reduction: ``"mean"`` or ``"sum"`` over the matched pairs. None: the spec's own.
+        resample: None: student and teacher must have the same tokens. ``"area"``: their patch
+            grids, padding and sequence lengths may differ (``grids``); rows must then be text.
         generator: of sampled rows (a CPU generator).
         check_masks: compare the rebuilt visibility with the mask that each model made, at the first
             step with batches of that kind; a difference is an error.
@@ -67,6 +69,7 @@ class AttentionAlignment:
         backend: str = "auto",
         *,
         layer_reduction: str | None = None,
+        resample: str | None = None,
         generator: torch.Generator | None = None,
         check_masks: bool = True,
     ) -> None:
@@ -87,6 +90,9 @@ class AttentionAlignment:
                 "spec's)"
             )
         self.layer_reduction = reduction
+        if resample not in (None, "area"):
+            raise ValueError(f"resample is {resample!r}; allowed: None or 'area'")
+        self.resample = resample
         self.generator = generator
         self.check_masks = check_masks
         self.mix = self._make_mix() if self.spec.heads == "mix" else None

@@ -118,6 +118,12 @@ def materialise(state: LayerState, positions: Tensor, columns: Tensor, spec: Ali
     return out
 
 
+def first_rows(maps: Tensor, positions: Tensor) -> Tensor:
+    """[B, G, R, C] with the rows that are used (position >= 0) first, in their order."""
+    order = (positions < 0).to(torch.int8).argsort(dim=-1, stable=True)[:, None, :, None]
+    return maps.gather(2, order.expand(-1, maps.shape[1], -1, maps.shape[3]))
+
+
 def replace_batch(visibility: Visibility, b: int) -> Visibility:
     """The descriptors of one sample, with a batch dimension of 1."""
     blocks = None if visibility.blocks is None else visibility.blocks[b : b + 1]

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from ..api import fused_attn_align_loss
 from .capture import Call, Tap
-from .layer import LayerState, concatenable, concatenate, form_loss, materialise
+from .grids import Grid, corresponding_rows, grids_of, resample
+from .layer import (
+    LayerState,
+    concatenable,
+    concatenate,
+    first_rows,
+    form_loss,
+    materialise,
+)
 from .tokens import Inputs, RowChoice, Tokens, choose_rows, read_tokens
 from .view import ModelView, reentrant_message
 from .visibility import check_mask, layer_visibility, same_visibility
@@ -38,10 +46,13 @@ class Step:
             "teacher": read_tokens(teacher, teacher_inputs),
         }
         student.check_checkpointing(tuple(alignment.matching))
-        self._check_tokens()
         self.rows: RowChoice = choose_rows(
             alignment.rows, self.tokens["student"], inputs, alignment.generator
         )
+        self.teacher_rows = self.rows
+        self.grids: tuple[list[list[Grid]], list[list[Grid]]] | None = None  # teacher, student
+        if not self._same_tokens():
+            self._relate_tokens()
         self.losses: dict[int, Tensor] = {}
         self.teacher_states: dict[int, LayerState] = {}
         self.uses: dict[int, int] = {}  # teacher layer -> student layers that still need it
@@ -50,26 +61,36 @@ class Step:
                 self.uses[layer] = self.uses.get(layer, 0) + 1
         self.kind = frozenset(name for name, value in inputs.items() if value is not None)
 
-    def _check_tokens(self) -> None:
+    def _same_tokens(self) -> bool:
         student, teacher = self.tokens["student"], self.tokens["teacher"]
-        if student.valid.shape != teacher.valid.shape:
-            raise ValueError(
-                f"the student's batch has shape {list(student.valid.shape)} and the teacher's "
-                f"{list(teacher.valid.shape)}; allowed: the same positions in both"
+        return student is teacher or all(
+            ours.shape == theirs.shape and torch.equal(ours, theirs.to(ours.device))
+            for ours, theirs in (
+                (student.visual, teacher.visual),
+                (student.valid, teacher.valid),
             )
-        ours, theirs = student.visual.sum(-1).tolist(), teacher.visual.sum(-1).tolist()
-        if ours != theirs:
-            raise ValueError(
-                f"image tokens per sample: student {ours}, teacher {theirs}; allowed: equal counts "
-                "at the same positions"
+        )
+
+    def _relate_tokens(self) -> None:
+        """Rows and grids of a teacher whose tokens lie elsewhere, if that was asked for."""
+        student, teacher = self.tokens["student"], self.tokens["teacher"]
+        if self.owner.resample is None:
+            ours, theirs = student.visual.sum(-1).tolist(), teacher.visual.sum(-1).tolist()
+            what = (
+                f"image tokens per sample: student {ours}, teacher {theirs}"
+                if ours != theirs
+                else "tokens, padding or image tokens of student and teacher lie at other positions"
             )
-        if not torch.equal(student.visual, teacher.visual.to(student.visual.device)) or (
-            not torch.equal(student.valid, teacher.valid.to(student.valid.device))
-        ):
             raise ValueError(
-                "the image tokens or the padding of student and teacher lie at different "
-                "positions; allowed: the same positions in both"
+                f"{what} (batches of {list(student.valid.shape)} and {list(teacher.valid.shape)}); "
+                "allowed: the same tokens in both, or resample='area'"
             )
+        positions = corresponding_rows(self.rows.positions, student, teacher)
+        self.teacher_rows = RowChoice(positions, False, None)
+        self.grids = (
+            grids_of(self.owner.teacher, teacher, self.inputs["teacher"]),
+            grids_of(self.owner.student, student, self.inputs["student"]),
+        )
 
     # ------------------------------------------------------------------------- taps
 
@@ -130,8 +151,9 @@ class Step:
             check_mask(view, layer, visibility, call.mask)
             self.owner._checked.add(checked)
         scale = call.query.shape[-1] ** -0.5 if call.scaling is None else float(call.scaling)
+        rows = self.rows if view is self.owner.student else self.teacher_rows
         return LayerState(
-            q=self.rows.slice(call.query),
+            q=rows.slice(call.query),
             k=call.key,
             scale=scale,
             softcap=call.softcap,
@@ -163,11 +185,17 @@ class Step:
         return form_loss(partial(_call_core, arguments), state.q, state.k, mix)
 
     def _target(self, state: LayerState, teachers: list[LayerState]) -> dict[str, Any]:
-        """The teacher's side: q and k where one call of the core can express it, else its map."""
+        """The teacher's side: q and k where one call of the core can express it, else its map.
+
+        The core has one visibility for both sides. Layers of the teacher that see other tokens than
+        the student's layer (a sliding window beside full attention), or that differ among themselves,
+        give their map, head-free but rows x columns; entries that the student's layer cannot see are
+        then not compared.
+        """
         alike = concatenable(teachers) and all(
             same_visibility(state.visibility, teacher.visibility) for teacher in teachers
         )
-        if alike:
+        if alike and self.grids is None:
             teacher = concatenate(teachers)
             return {
                 "q_t": teacher.q,
@@ -176,14 +204,20 @@ class Step:
                 "softcap_t": teacher.softcap,
                 "sink_t": teacher.sinks,
             }
-        columns = self.tokens["student"].visual.to(state.q.device)
-        maps = [
-            materialise(t, self.rows.positions.to(t.q.device), columns, self.owner.spec)
-            for t in teachers
-        ]
-        if self.owner.spec.heads == "mean":
-            return {"target": torch.stack(maps).mean(0)}
-        return {"target": torch.cat(maps, dim=1)}
+        device = state.q.device
+        columns, positions = self.tokens["teacher"].visual, self.teacher_rows.positions
+        spec = self.owner.spec
+        maps = [materialise(t, positions.to(device), columns.to(device), spec) for t in teachers]
+        target = torch.stack(maps).mean(0) if spec.heads == "mean" else torch.cat(maps, dim=1)
+        target = first_rows(target, positions.to(device))
+        if self.grids is not None:
+            target = resample(target, *self.grids)
+        if spec.compare == "pooled":
+            raise ValueError(
+                "spec.compare is 'pooled' and the teacher's layers see other tokens than the "
+                "student's (or have another grid); allowed: 'map' or 'row', or layers that see the same"
+            )
+        return {"target": target}
 
     # -------------------------------------------------------------------------- end
 

@@ -94,7 +94,7 @@ def test_image_tokens_that_differ(models: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match=r"student \[9, 9\], teacher \[9, 18\]"):
         run(alignment, one, other=two)
     shorter = {k: v[:, :20] if v.dim() == 2 else v for k, v in one.items()}
-    with pytest.raises(ValueError, match=r"shape \[2, 20\] and the teacher's \[2, 29\]"):
+    with pytest.raises(ValueError, match=r"batches of \[2, 20\] and \[2, 29\]"):
         run(alignment, shorter, other=one)
 
 
@@ -139,6 +139,8 @@ def test_models_and_layers_that_do_not_fit(models: tuple[Any, Any]) -> None:
         AttentionAlignment(student, teacher, spec="unknown")
     with pytest.raises(ValueError, match="layer_reduction is 'max'"):
         AttentionAlignment(student, teacher, layer_reduction="max")
+    with pytest.raises(ValueError, match="resample is 'bilinear'; allowed: None or 'area'"):
+        AttentionAlignment(student, teacher, resample="bilinear")
     with pytest.raises(ValueError, match="layers names 9; allowed"):
         visual_attention(teacher, tiny.batch(), layers=[9])
     with pytest.raises(ValueError, match="heads is 'mix'"):
