@@ -53,7 +53,8 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["average"] = torch.zeros_like(parameter)
         average = state["average"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(average, momentum)
+        ahead: Tensor = parameter.grad.lerp(average, momentum)
+        return ahead
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

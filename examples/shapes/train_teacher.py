@@ -33,6 +33,7 @@ from rich.progress import Progress, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from examples.shapes.card import write_card
 from examples.shapes.muon import Muon
 from fastalign.evals.shapes.dataset import (
     IGNORE,
@@ -307,10 +308,21 @@ def save(model: LlavaForConditionalGeneration, folder: Path, facts: dict[str, An
     model.save_pretrained(part)
     build_processor().save_pretrained(part)
     (part / "scores.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_card(part)
     folder.mkdir(parents=True, exist_ok=True)
     for file in part.iterdir():
         os.replace(file, folder / file.name)
     part.rmdir()
+
+
+def command(settings: Settings) -> str:
+    """What made this teacher: the settings that are not the defaults are named."""
+    line = "python -m examples.shapes.train_teacher --out examples/shapes/teacher"
+    usual = asdict(Settings())
+    for name, value in asdict(settings).items():
+        if value != usual[name]:
+            line += f" --{name.replace('_', '-')} {value}"
+    return line
 
 
 def progress_bar() -> Progress:
@@ -365,6 +377,7 @@ def main() -> None:
     test = evaluation_set("test", settings.test_per_type, seed=settings.seed)
     report = evaluate(model, test)
     facts = {
+        "command": command(settings),
         "settings": asdict(settings),
         "minutes": round(minutes, 1),
         "test_scenes": len(test.scenes),

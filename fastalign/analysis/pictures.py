@@ -61,7 +61,8 @@ def overlay(image: PILImage, weights: NDArray[np.floating], *, side: int = 240) 
 def _heat(share: NDArray[np.floating], channel: int) -> NDArray[np.floating]:
     """Dark red through orange to yellow, readable in grey as well."""
     stops = ((120.0, 0.0, 30.0), (250.0, 110.0, 20.0), (255.0, 240.0, 80.0))
-    return np.interp(share, (0.0, 0.5, 1.0), [stop[channel] for stop in stops])
+    heat: NDArray[np.floating] = np.interp(share, (0.0, 0.5, 1.0), [stop[channel] for stop in stops])
+    return heat
 
 
 def attention_figure(examples: Sequence[Example], *, caption: str = "") -> Figure:
