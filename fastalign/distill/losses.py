@@ -1,7 +1,10 @@
-"""The two losses on logits that accompany the alignment: next-token and logit distillation.
+"""The losses on logits that accompany the alignment: next-token and logit distillation.
 
 Both look at the positions whose *next* token carries a label. (A known slip is to mask the
 distillation with the unshifted labels: the first answer token is then never distilled.)
+
+These hold [tokens, vocabulary] several times over; ``fused.fused_linear_losses`` computes the same
+from hidden states without it.
 """
 
 from __future__ import annotations
@@ -9,8 +12,21 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .divergences import check_divergence, token_divergence
+
 IGNORE_INDEX = -100
 """The label of a position that no loss looks at."""
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """[B, L] labels -> [B, L] bool: the positions that predict a labelled token (never the last)."""
+    return F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+
+
+def predicted(labels: Tensor) -> Tensor:
+    """[B, L] labels -> [n]: the labelled tokens, in the order of ``predicting``'s positions."""
+    targets = labels[:, 1:]
+    return targets[targets != IGNORE_INDEX]
 
 
 def answer_logits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -20,31 +36,55 @@ def answer_logits(logits: Tensor, labels: Tensor) -> Tensor:
             f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: expected [B, L, V] "
             "and [B, L]"
         )
-    return logits[:, :-1][labels[:, 1:] != IGNORE_INDEX]
+    return logits[predicting(labels)]
+
+
+def lm_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross-entropies of [n, V] logits and [n] targets: float32 (or float64) scalar."""
+    return F.cross_entropy(_wide(logits), targets, reduction="sum")
+
+
+def kd_sum(
+    student: Tensor, teacher: Tensor, *, divergence: str = "forward_kl", temperature: float = 1.0
+) -> Tensor:
+    """Sum over n tokens of the divergence of [n, V_s] from [n, V_t] logits, times temperature^2.
+
+    Vocabularies of different length are cut to the shared prefix before the softmax. The gradient
+    reaches the student only; the factor keeps its size independent of the temperature (Hinton et
+    al., 2015).
+    """
+    check_divergence(divergence, temperature)
+    shared = min(student.shape[-1], teacher.shape[-1])
+    log_s = (_wide(student[..., :shared]) / temperature).log_softmax(-1)
+    log_t = (_wide(teacher.detach()[..., :shared]) / temperature).log_softmax(-1)
+    return token_divergence(log_s, log_t, divergence).sum() * temperature**2
 
 
 def lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of the labelled tokens, float32 scalar; 0 where there is none."""
-    targets = labels[:, 1:]
-    targets = targets[targets != IGNORE_INDEX]
-    total = F.cross_entropy(answer_logits(logits, labels).float(), targets, reduction="sum")
-    return total / max(1, targets.numel())
+    targets = predicted(labels)
+    return lm_sum(answer_logits(logits, labels), targets) / max(1, targets.numel())
 
 
 def logit_kd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, temperature: float = 1.0
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
 ) -> Tensor:
-    """Mean over the labelled tokens of KL(teacher || student) over the vocabulary.
+    """Mean over the labelled tokens of ``kd_sum``'s divergence over the vocabulary.
 
     ``student_logits`` [B, L, V_s], ``teacher_logits`` [B, L, V_t], ``labels`` [B, L]; float32
-    scalar. Vocabularies of different length are cut to the shared prefix before the softmax. The
-    gradient reaches the student only; it is scaled by temperature^2, so that its size does not
-    depend on the temperature.
+    scalar, 0 where no token is labelled. The default is forward KL, KL(teacher || student).
     """
-    shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    student = answer_logits(student_logits, labels)[:, :shared].float() / temperature
-    teacher = answer_logits(teacher_logits.detach(), labels)[:, :shared].float() / temperature
-    total = F.kl_div(
-        student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True
-    )
-    return total * temperature**2 / max(1, len(student))
+    student = answer_logits(student_logits, labels)
+    teacher = answer_logits(teacher_logits, labels)
+    total = kd_sum(student, teacher, divergence=divergence, temperature=temperature)
+    return total / max(1, len(student))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x if x.dtype.itemsize >= 4 else x.float()

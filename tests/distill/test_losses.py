@@ -65,3 +65,23 @@ def test_a_batch_without_labels_is_zero_with_zero_gradients() -> None:
 def test_shapes_that_do_not_match_are_named() -> None:
     with pytest.raises(ValueError, match=r"logits \(2, 3, 5\) and labels \(2, 4\)"):
         lm_loss(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_reverse_kl_and_js_written_out(batch, temperature) -> None:  # type: ignore[no-untyped-def]
+    student, teacher, labels = batch
+    reverse, js = [], []
+    for b, i in [(0, 2), (0, 3), (0, 4), (1, 6)]:
+        p = (teacher[b, i - 1] / temperature).softmax(-1).tolist()
+        q = (student[b, i - 1] / temperature).softmax(-1).tolist()
+        m = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
+        reverse.append(sum(y * math.log(y / x) for x, y in zip(p, q, strict=True)))
+        js.append(
+            sum(
+                x * math.log(x / z) / 2 + y * math.log(y / z) / 2
+                for x, y, z in zip(p, q, m, strict=True)
+            )
+        )
+    for name, terms in (("reverse_kl", reverse), ("js", js)):
+        loss = logit_kd_loss(student, teacher, labels, divergence=name, temperature=temperature)
+        assert loss.item() == pytest.approx(temperature**2 * sum(terms) / 4, 1e-10)
