@@ -45,15 +45,15 @@ Seed {seed}. Tower: {tower_steps:,} steps on per-patch labels, then frozen. Proj
 steps towards the word embeddings of what is in each cell. Decoder and projector: {steps:,} steps of
 {batch_size} conversations with {questions} questions each, loss on the answers only, Muon and Adam.
 Data: {scenes:,} rendered training scenes of 3 to 6 things (and {easy:,} of 2 or 3 for the first
-steps), drawn from the seed; nothing is downloaded. It took {minutes:.0f} minutes on 2 CPU cores that were shared with
-other work.
+steps), drawn from the seed; nothing is downloaded.
+It took {minutes:.0f} minutes on 2 CPU cores that were shared with other work.
 
 ## What it scores
 
 {asked:,} questions per type on {test_scenes:,} test scenes of 4 to 6 things, one question per
-sequence, the whole answer exactly right under greedy decoding. The layouts of the test scenes occur in neither training
-nor validation (a layout's hash decides its split), and nothing was chosen on them. Answers are
-balanced; chance is the score of the best constant answer.
+sequence, the whole answer exactly right under greedy decoding. The layouts of the
+test scenes occur in neither training nor validation (a layout's hash decides its split), and
+nothing was chosen on them. Answers are balanced; chance is the score of the best constant answer.
 
 {types}
 
