@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..spec import AlignSpec, resolve_spec
-from .capture import tapped
+from .cache import TeacherCache
+from .capture import Call, Tap, tapped
 from .matching import Matching, Rule, match_layers
 from .step import Step
 from .tokens import Inputs, Rows
@@ -39,8 +41,9 @@ class AttentionAlignment:
         student, teacher: transformers vision-language models of known families
             (``fastalign.models.FAMILIES``), possibly inside PEFT or DistributedDataParallel.
         spec: what is compared: a recipe's name or an ``AlignSpec``.
-        layers: which layers: see ``match_layers``.
-        rows: which query rows: see ``tokens.choose_rows``. None: the spec's own.
+            In the teacher's place, a ``TeacherCache`` of its recorded targets.
+        layers: which layers: see ``match_layers``. None: ``"compodistill"``, or the cache's own.
+        rows: which query rows: see ``tokens.choose_rows``. None: the spec's own, or the cache's.
         backend: see ``fused_attn_align_loss``.
         layer_reduction: ``"mean"`` or ``"sum"`` over the matched pairs. None: the spec's own.
         resample: None: student and teacher must have the same tokens. ``"area"``: their patch
@@ -62,9 +65,9 @@ class AttentionAlignment:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | TeacherCache,
         spec: AlignSpec | str = "compodistill",
-        layers: Rule = "compodistill",
+        layers: Rule | None = None,
         rows: Rows | None = None,
         backend: str = "auto",
         *,
@@ -75,12 +78,19 @@ class AttentionAlignment:
     ) -> None:
         self.spec = resolve_spec(spec)
         self.student = ModelView("student", student)
-        self.teacher = ModelView("teacher", teacher)
-        if self.student.model is self.teacher.model:
-            raise ValueError("teacher is the student itself; allowed: two models")
-        self.matching: Matching = match_layers(
-            layers, list(self.student.attentions), list(self.teacher.attentions)
-        )
+        self.cache = teacher if isinstance(teacher, TeacherCache) else None
+        self.teacher: ModelView | None = None
+        if isinstance(teacher, TeacherCache):
+            self.matching = self._recorded_matching(teacher, layers, rows)
+        else:
+            self.teacher = ModelView("teacher", teacher)
+            if self.student.model is self.teacher.model:
+                raise ValueError("teacher is the student itself; allowed: two models")
+            self.matching = match_layers(
+                "compodistill" if layers is None else layers,
+                list(self.student.attentions),
+                list(self.teacher.attentions),
+            )
         self.rows: Rows = self._default_rows() if rows is None else rows
         self.backend = backend
         reduction = self.spec.layer_reduction if layer_reduction is None else layer_reduction
@@ -98,6 +108,47 @@ class AttentionAlignment:
         self.mix = self._make_mix() if self.spec.heads == "mix" else None
         self._checked: set[Any] = set()
         self._step: Step | None = None
+        self._taps = self._make_taps()
+
+    def _make_taps(self) -> dict[nn.Module, Tap]:
+        """One tap a matched layer; they outlive the steps and ask for the one that runs."""
+
+        def student(layer: int, call: Call) -> None:
+            assert self._step is not None
+            self._step.see_student(layer, call)
+
+        def teacher(layer: int, call: Call) -> None:
+            assert self._step is not None
+            self._step.see_teacher(layer, call)
+
+        taps: dict[nn.Module, Tap] = {
+            self.student.attentions[i]: partial(student, i) for i in self.matching
+        }
+        if self.teacher is not None:
+            for i in dict.fromkeys(t for group in self.matching.values() for t in group):
+                taps[self.teacher.attentions[i]] = partial(teacher, i)
+        return taps
+
+    def _recorded_matching(
+        self, cache: TeacherCache, layers: Rule | None, rows: Rows | None
+    ) -> Matching:
+        if layers is not None or rows is not None:
+            raise ValueError(
+                "layers or rows is given with a TeacherCache; allowed: None, as both were chosen when "
+                "it was recorded"
+            )
+        if self.spec != cache.spec:
+            raise ValueError(
+                f"spec is {self.spec} and the cache was recorded for {cache.spec}; allowed: the "
+                "recorded one"
+            )
+        for layer in cache.matching:
+            if layer not in self.student.attentions:
+                raise ValueError(
+                    f"the cache holds targets of student layer {layer}; allowed: layers of the "
+                    f"student with softmax attention, {list(self.student.attentions)}"
+                )
+        return cache.matching
 
     def _default_rows(self) -> str:
         if self.spec.rows == "given":
@@ -106,6 +157,8 @@ class AttentionAlignment:
 
     def _make_mix(self) -> nn.ParameterDict:
         heads_s = self.student.text_config.num_attention_heads
+        if self.teacher is None:
+            raise ValueError("spec.heads is 'mix' with a TeacherCache; allowed: 'mean' or 'each'")
         heads_t = self.teacher.text_config.num_attention_heads
         device = next(self.student.model.parameters()).device
         return nn.ParameterDict(
@@ -118,13 +171,20 @@ class AttentionAlignment:
         )
 
     @contextmanager
-    def step(self, inputs: Inputs, *, teacher_inputs: Inputs | None = None) -> Iterator[Step]:
-        """Run the teacher, then the student, inside.
+    def step(
+        self,
+        inputs: Inputs,
+        *,
+        teacher_inputs: Inputs | None = None,
+        samples: Sequence[int] | None = None,
+    ) -> Iterator[Step]:
+        """Run the teacher, then the student, inside; with a ``TeacherCache`` the student alone.
 
         Args:
             inputs: the batch, as it is given to the student: input_ids, attention_mask, labels
                 where rows need them, and whatever else the processor made.
             teacher_inputs: the teacher's batch where it is another one. None: the same.
+            samples: with a ``TeacherCache``, the recorded sample of each sample of the batch.
 
         Raises:
             ValueError: the batches do not fit each other, or lack something.
@@ -132,10 +192,14 @@ class AttentionAlignment:
                 mask that cannot be rebuilt, reentrant checkpointing.
         """
         self._step = None  # the last step's graph goes before this one's begins
-        step = Step(self, inputs, inputs if teacher_inputs is None else teacher_inputs)
+        step = Step(self, inputs, teacher_inputs, samples)
         self._step = step
         try:
-            with self.student.capturing(), self.teacher.capturing(), tapped(step.taps()):
+            with ExitStack() as stack:
+                for view in (self.student, self.teacher):
+                    if view is not None:
+                        stack.enter_context(view.capturing())
+                stack.enter_context(tapped(self._taps))
                 yield step
             step.check_complete()
         except BaseException:

@@ -53,6 +53,8 @@ _grad_outside: dict[int, bool] = {}  # id of a text configuration -> grad mode o
 def tapped(taps: Mapping[nn.Module, Tap]) -> Iterator[None]:
     """``taps`` see the calls of their modules inside.
 
+    Give the same tap objects every time: compiled layers are guarded on them.
+
     Raises:
         RuntimeError: a module is tapped already (steps do not nest).
     """
@@ -127,14 +129,25 @@ def _attention_function(base: str) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         tap = _taps.get(module)
-        # A checkpoint runs the layer again during backward; its first run was the one that counts.
-        if tap is not None and torch._C._current_graph_task_id() == -1:
-            tap(_call(module, query, key, attention_mask, kwargs))
+        if tap is not None:
+            _show(tap, module, query, key, attention_mask, kwargs)
         return _base_function(base, module)(
             _as_base(module, base), query, key, value, attention_mask, **kwargs
         )
 
     return attention
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _show(
+    tap: Tap, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[str, Any]
+) -> None:
+    """Let the tap see the call; a compiled layer has a graph break here, in tapped layers only.
+
+    A checkpoint runs the layer again during backward; its first run was the one that counts.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        tap(_call(module, query, key, mask, kwargs))
 
 
 def _call(module: Any, query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[str, Any]) -> Call:

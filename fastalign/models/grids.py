@@ -88,7 +88,8 @@ def area_weights(source: Grid, target: Grid) -> Tensor:
         )
     rows, columns = _overlap(source[1], target[1]), _overlap(source[2], target[2])
     space = torch.kron(rows, columns)
-    return torch.block_diag(*[space] * source[0])
+    weights: Tensor = torch.block_diag(*[space] * source[0])
+    return weights
 
 
 def _overlap(source: int, target: int) -> Tensor:

@@ -94,13 +94,46 @@ def materialise(state: LayerState, positions: Tensor, columns: Tensor, spec: Ali
             averaging layers).
     """
     batch, heads, rows = state.q.shape[:3]
-    length = state.k.shape[2]
     width = int(columns.sum(-1).max()) if columns.numel() else 0
-    wide = state.q.dtype == torch.float64
-    dtype = torch.float64 if wide else torch.float32
     groups = 1 if spec.heads == "mean" else heads
-    out = torch.zeros(batch, groups, rows, width, dtype=dtype, device=state.q.device)
-    size = max(1, TILE_BYTES // (heads * length * (8 if wide else 4)))
+    out = torch.zeros(batch, groups, rows, width, dtype=working_dtype(state), device=state.q.device)
+    for b, part, maps in _tiles(state, positions, columns, spec):
+        out[b, :, part, : maps.shape[-1]] = maps
+    return out
+
+
+def row_masses(state: LayerState, positions: Tensor, columns: Tensor) -> Tensor:
+    """[B, R] the attention of each row to ``columns``, mean over heads, without gradient."""
+    shape = (state.q.shape[0], state.q.shape[2])
+    out = torch.zeros(shape, dtype=working_dtype(state), device=state.q.device)
+    for b, part, maps in _tiles(state, positions, columns, AlignSpec()):
+        out[b, part] = maps[0].sum(-1)
+    return out
+
+
+def pool_rows(maps: Tensor, state: LayerState, positions: Tensor, columns: Tensor) -> Tensor:
+    """[B, G, C]: maps [B, G, R, C] averaged over the rows that see each column (0 if none does)."""
+    out = maps.new_zeros(maps.shape[0], maps.shape[1], maps.shape[3])
+    for b in range(len(maps)):
+        at = columns[b].nonzero().flatten()
+        seen = replace_batch(state.visibility, b).full(positions[b : b + 1])[0][:, at]
+        count = seen.sum(0).clamp(min=1)
+        out[b, :, : len(at)] = maps[b, :, :, : len(at)].sum(1) / count
+    return out
+
+
+def working_dtype(state: LayerState) -> torch.dtype:
+    """float64 for float64 models, else float32."""
+    return torch.float64 if state.q.dtype == torch.float64 else torch.float32
+
+
+def _tiles(
+    state: LayerState, positions: Tensor, columns: Tensor, spec: AlignSpec
+) -> Iterator[tuple[int, slice, Tensor]]:
+    """(sample, rows, map [G, rows, columns of the sample]), a tile of rows at a time."""
+    batch, heads, rows = state.q.shape[:3]
+    dtype = working_dtype(state)
+    size = max(1, TILE_BYTES // (heads * state.k.shape[2] * torch.finfo(dtype).bits // 8))
     plain = replace(spec, normalize="joint") if spec.normalize == "visual" else spec
     with torch.no_grad():
         for b in range(batch):
@@ -114,8 +147,7 @@ def materialise(state: LayerState, positions: Tensor, columns: Tensor, spec: Ali
                 side = Side(q, k, None, state.sinks, state.scale, state.softcap or 0.0, plain)
                 swept = keys if plain.sweeps_all_keys else compared.squeeze(1)
                 maps, _ = group_map(side, swept, compared, None, dtype)
-                out[b, :, part, : len(at)] = maps[0][..., at]
-    return out
+                yield b, part, maps[0][..., at]
 
 
 def first_rows(maps: Tensor, positions: Tensor) -> Tensor:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from ..spec import AlignSpec, Heads
-from .capture import Call, Tap, tapped
 from .layer import LayerState, materialise
-from .tokens import Inputs, Rows, choose_rows, read_tokens
-from .view import ModelView
-from .visibility import check_mask, layer_visibility
+from .observe import observe
+from .tokens import Inputs, RowChoice, Rows, Tokens
 
 
 def visual_attention(
@@ -43,32 +39,14 @@ def visual_attention(
     Raises:
         ValueError: a layer without softmax attention, an unknown family, rows or heads.
     """
-    view = ModelView("teacher", model)
-    chosen = list(view.attentions) if layers is None else list(layers)
-    for layer in chosen:
-        if layer not in view.attentions:
-            raise ValueError(
-                f"layers names {layer!r}; allowed: layers with softmax attention, "
-                f"{list(view.attentions)}"
-            )
     if heads not in ("mean", "each"):
         raise ValueError(f"heads is {heads!r}; allowed: 'mean' or 'each'")
     spec = AlignSpec(heads=heads)
-    tokens = read_tokens(view, inputs)
-    choice = choose_rows(rows, tokens, inputs)
     found: dict[int, Tensor] = {}
 
-    def see(layer: int, call: Call) -> None:
-        visibility = layer_visibility(view, layer, call, tokens, inputs)
-        check_mask(view, layer, visibility, call.mask)
-        scale = call.query.shape[-1] ** -0.5 if call.scaling is None else float(call.scaling)
-        state = LayerState(
-            choice.slice(call.query), call.key, scale, call.softcap, call.sinks, visibility
-        )
+    def see(layer: int, state: LayerState, choice: RowChoice, tokens: Tokens) -> None:
         maps = materialise(state, choice.positions, tokens.visual, spec)
         found[layer] = maps.squeeze(1) if heads == "mean" else maps
 
-    taps: dict[nn.Module, Tap] = {view.attentions[i]: partial(see, i) for i in chosen}
-    with torch.no_grad(), view.capturing(), tapped(taps):
-        model(**inputs)
+    observe(model, inputs, layers, rows, see)
     return found

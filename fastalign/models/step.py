@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..api import fused_attn_align_loss
-from .capture import Call, Tap
+from .capture import Call
 from .grids import Grid, corresponding_rows, grids_of, resample
 from .layer import (
     LayerState,
@@ -19,12 +20,14 @@ from .layer import (
     form_loss,
     materialise,
 )
+from .observe import state_of
 from .tokens import Inputs, RowChoice, Tokens, choose_rows, read_tokens
 from .view import ModelView, reentrant_message
-from .visibility import check_mask, layer_visibility, same_visibility
+from .visibility import check_mask, same_visibility
 
 if TYPE_CHECKING:
     from .alignment import AttentionAlignment
+    from .cache import TeacherCache
 
 
 class Step:
@@ -36,30 +39,50 @@ class Step:
     """
 
     def __init__(
-        self, alignment: AttentionAlignment, inputs: Inputs, teacher_inputs: Inputs
+        self,
+        alignment: AttentionAlignment,
+        inputs: Inputs,
+        teacher_inputs: Inputs | None,
+        samples: Sequence[int] | None,
     ) -> None:
         self.owner = alignment
-        self.inputs = {"student": inputs, "teacher": teacher_inputs}
-        student, teacher = alignment.student, alignment.teacher
-        self.tokens = {
-            "student": read_tokens(student, inputs),
-            "teacher": read_tokens(teacher, teacher_inputs),
-        }
-        student.check_checkpointing(tuple(alignment.matching))
-        self.rows: RowChoice = choose_rows(
-            alignment.rows, self.tokens["student"], inputs, alignment.generator
-        )
-        self.teacher_rows = self.rows
-        self.grids: tuple[list[list[Grid]], list[list[Grid]]] | None = None  # teacher, student
-        if not self._same_tokens():
-            self._relate_tokens()
+        alignment.student.check_checkpointing(tuple(alignment.matching))
+        self.inputs: dict[str, Inputs] = {"student": inputs}
+        self.tokens = {"student": read_tokens(alignment.student, inputs)}
         self.losses: dict[int, Tensor] = {}
         self.teacher_states: dict[int, LayerState] = {}
         self.uses: dict[int, int] = {}  # teacher layer -> student layers that still need it
-        for group in alignment.matching.values():
+        self.grids: tuple[list[list[Grid]], list[list[Grid]]] | None = None  # teacher, student
+        self.samples = samples
+        if alignment.cache is not None:
+            self.rows = self._recorded_rows(alignment.cache, inputs)
+        else:
+            self.rows = choose_rows(
+                alignment.rows, self.tokens["student"], inputs, alignment.generator
+            )
+            self._expect_teacher(inputs if teacher_inputs is None else teacher_inputs)
+        self.kind = frozenset(name for name, value in inputs.items() if value is not None)
+
+    def _recorded_rows(self, cache: TeacherCache, inputs: Inputs) -> RowChoice:
+        if self.samples is None:
+            raise ValueError(
+                "samples is None; allowed with a TeacherCache: the number of the recorded sample of "
+                "each sample of the batch"
+            )
+        cache.check_samples(self.samples, inputs, self.tokens["student"])
+        return cache.rows(self.samples, self.tokens["student"])
+
+    def _expect_teacher(self, inputs: Inputs) -> None:
+        teacher = self.owner.teacher
+        assert teacher is not None
+        self.inputs["teacher"] = inputs
+        self.tokens["teacher"] = read_tokens(teacher, inputs)
+        self.teacher_rows = self.rows
+        if not self._same_tokens():
+            self._relate_tokens(teacher)
+        for group in self.owner.matching.values():
             for layer in group:
                 self.uses[layer] = self.uses.get(layer, 0) + 1
-        self.kind = frozenset(name for name, value in inputs.items() if value is not None)
 
     def _same_tokens(self) -> bool:
         student, teacher = self.tokens["student"], self.tokens["teacher"]
@@ -71,7 +94,7 @@ class Step:
             )
         )
 
-    def _relate_tokens(self) -> None:
+    def _relate_tokens(self, view: ModelView) -> None:
         """Rows and grids of a teacher whose tokens lie elsewhere, if that was asked for."""
         student, teacher = self.tokens["student"], self.tokens["teacher"]
         if self.owner.resample is None:
@@ -88,31 +111,25 @@ class Step:
         positions = corresponding_rows(self.rows.positions, student, teacher)
         self.teacher_rows = RowChoice(positions, False, None)
         self.grids = (
-            grids_of(self.owner.teacher, teacher, self.inputs["teacher"]),
+            grids_of(view, teacher, self.inputs["teacher"]),
             grids_of(self.owner.student, student, self.inputs["student"]),
         )
 
     # ------------------------------------------------------------------------- taps
 
-    def taps(self) -> dict[nn.Module, Tap]:
-        """The taps of all matched layers."""
-        found: dict[nn.Module, Tap] = {}
-        for layer in self.owner.matching:
-            found[self.owner.student.attentions[layer]] = partial(self._see_student, layer)
-        for layer in self.uses:
-            found[self.owner.teacher.attentions[layer]] = partial(self._see_teacher, layer)
-        return found
-
-    def _see_teacher(self, layer: int, call: Call) -> None:
+    def see_teacher(self, layer: int, call: Call) -> None:
+        """Keep what the student's layers will need of a teacher layer."""
         if layer in self.teacher_states or not self.uses[layer]:
             raise RuntimeError(
                 f"teacher layer {layer} ran twice in one step; allowed: one forward of the "
                 "teacher, then one of the student"
             )
+        assert self.owner.teacher is not None
         state = self._state(self.owner.teacher, layer, call)
         self.teacher_states[layer] = state.detach()
 
-    def _see_student(self, layer: int, call: Call) -> None:
+    def see_student(self, layer: int, call: Call) -> None:
+        """Form the loss of a student layer; let go of teacher layers that no other needs."""
         if layer in self.losses:
             raise RuntimeError(
                 f"student layer {layer} ran twice in one step; allowed: one forward of the "
@@ -120,7 +137,7 @@ class Step:
             )
         if call.grad and not torch.is_grad_enabled():
             raise RuntimeError(reentrant_message("student", layer))
-        group = self.owner.matching[layer]
+        group = self.owner.matching[layer] if self.owner.cache is None else ()
         missing = [t for t in group if t not in self.teacher_states]
         if missing:
             raise RuntimeError(
@@ -138,28 +155,13 @@ class Step:
 
     def _state(self, view: ModelView, layer: int, call: Call) -> LayerState:
         tokens: Tokens = self.tokens[view.role]
-        length = tokens.valid.shape[1]
-        if call.query.shape[2] != length or call.key.shape[2] != length:
-            raise RuntimeError(
-                f"{view.role} layer {layer} ran with {call.query.shape[2]} queries and "
-                f"{call.key.shape[2]} keys, and the step's batch has length {length}; allowed: "
-                "whole sequences without a filled cache (generate outside of the step)"
-            )
-        visibility = layer_visibility(view, layer, call, tokens, self.inputs[view.role])
+        rows = self.rows if view is self.owner.student else self.teacher_rows
+        state = state_of(view, layer, call, tokens, rows, self.inputs[view.role])
         checked = (view.role, layer, self.kind)
         if self.owner.check_masks and checked not in self.owner._checked:
-            check_mask(view, layer, visibility, call.mask)
+            check_mask(view, layer, state.visibility, call.mask)
             self.owner._checked.add(checked)
-        scale = call.query.shape[-1] ** -0.5 if call.scaling is None else float(call.scaling)
-        rows = self.rows if view is self.owner.student else self.teacher_rows
-        return LayerState(
-            q=rows.slice(call.query),
-            k=call.key,
-            scale=scale,
-            softcap=call.softcap,
-            sinks=call.sinks,
-            visibility=visibility,
-        )
+        return state
 
     # ------------------------------------------------------------------------- loss
 
@@ -180,11 +182,11 @@ class Step:
             "backend": self.owner.backend,
         }
         arguments = {name: _on(value, state.q.device) for name, value in arguments.items()}
-        arguments.update(self._target(state, teachers))
+        arguments.update(self._target(layer, state, teachers))
         mix = None if self.owner.mix is None else self.owner.mix[str(layer)]
         return form_loss(partial(_call_core, arguments), state.q, state.k, mix)
 
-    def _target(self, state: LayerState, teachers: list[LayerState]) -> dict[str, Any]:
+    def _target(self, layer: int, state: LayerState, teachers: list[LayerState]) -> dict[str, Any]:
         """The teacher's side: q and k where one call of the core can express it, else its map.
 
         The core has one visibility for both sides. Layers of the teacher that see other tokens than
@@ -192,6 +194,9 @@ class Step:
         give their map, head-free but rows x columns; entries that the student's layer cannot see are
         then not compared.
         """
+        if self.owner.cache is not None:
+            assert self.samples is not None
+            return dict(self.owner.cache.target(self.samples, layer, state.q.device))
         alike = concatenable(teachers) and all(
             same_visibility(state.visibility, teacher.visibility) for teacher in teachers
         )

@@ -63,7 +63,7 @@ def read_tokens(view: ModelView, inputs: Inputs) -> Tokens:
     Args:
         inputs: input_ids [B, L]; attention_mask [B, L] or None; position_ids, from which packed
             sequences are read as transformers reads them (no attention mask, positions that
-            restart).
+            restart, and no cache: pass use_cache=False).
 
     Raises:
         ValueError: what the batch lacks, or has in another form.

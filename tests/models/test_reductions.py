@@ -1,0 +1,52 @@
+"""Attention received, relevance and sink scores against sums over eager weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastalign.models import attention_received, image_relevance, sink_scores
+from tests.models import eager, tiny
+from tests.models.zoo import CASES
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize("rows", ["all", "response"])
+@pytest.mark.parametrize("name", ["Gemma 3", "LLaVA-1.5, gpt_oss text"])
+def test_attention_received_and_relevance(name: str, rows: str) -> None:
+    case = BY_NAME[name]
+    model = case.model()
+    inputs = case.batch(model, left=True)
+    received = attention_received(model, inputs, layers=[1, 2], rows=rows)
+    everywhere = attention_received(model, inputs, layers=[1], rows=rows, columns="all")
+    relevance = image_relevance(model, inputs, layers=[1, 2], rows=rows)
+    assert list(received) == list(relevance) == [1, 2]
+    with torch.no_grad():
+        _, weights = eager.attentions(eager.eager_copy(model), inputs)
+    columns, valid = eager.visual_mask(model, inputs), inputs["attention_mask"].bool()
+    chosen = valid if rows == "all" else inputs["labels"] != -100
+    for layer in (1, 2):
+        for b in range(2):
+            map = weights[layer].mean(1)[b][chosen[b]][:, columns[b]]
+            seen = (map > 0).sum(0).clamp(min=1)
+            count = int(columns[b].sum())
+            torch.testing.assert_close(
+                received[layer][b, :count], map.sum(0) / seen, rtol=1e-4, atol=1e-6
+            )
+            assert not received[layer][b, count:].any()
+            at = chosen[b].nonzero().flatten() if rows == "all" else torch.arange(len(map))
+            torch.testing.assert_close(relevance[layer][b, at], map.sum(-1), rtol=1e-4, atol=1e-6)
+    assert everywhere[1].shape == (2, int(valid.sum(-1).max()))
+    with pytest.raises(ValueError, match="columns is 'text'; allowed: 'visual' or 'all'"):
+        attention_received(model, inputs, columns="text")
+
+
+def test_a_sink_stands_out() -> None:
+    scores = torch.tensor([[0.1, 0.1, 0.1, 0.9], [0.2, 0.4, 0.0, 0.0]])
+    found = sink_scores(scores, torch.tensor([4, 2]))
+    assert found[0].argmax() == 3
+    assert found[0, 3] == pytest.approx(3**0.5)
+    torch.testing.assert_close(found[1], torch.tensor([-1.0, 1.0, 0, 0]))
+    assert not sink_scores(torch.full((1, 3), 0.25)).any()
+    assert tiny.PATCHES
