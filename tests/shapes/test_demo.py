@@ -73,7 +73,7 @@ def test_muon_orthogonalises(shape: tuple[int, ...]) -> None:
 
 def test_muon_descends() -> None:
     weight = torch.nn.Parameter(torch.randn(6, 6))
-    optimizer = Muon([weight], lr=0.05, weight_decay=0.0)
+    optimizer = Muon([weight], lr=0.2, weight_decay=0.0)
     first = weight.square().sum().item()
     for _ in range(20):
         optimizer.zero_grad()
