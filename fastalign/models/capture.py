@@ -53,8 +53,6 @@ _grad_outside: dict[int, bool] = {}  # id of a text configuration -> grad mode o
 def tapped(taps: Mapping[nn.Module, Tap]) -> Iterator[None]:
     """``taps`` see the calls of their modules inside.
 
-    Give the same tap objects every time: compiled layers are guarded on them.
-
     Raises:
         RuntimeError: a module is tapped already (steps do not nest).
     """
@@ -120,6 +118,9 @@ def _mask_function(base: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _attention_function(base: str) -> Callable[..., Any]:
+    # made here, not by a decorator: it imports torch._dynamo, and with it triton
+    show: Callable[..., None] = torch.compiler.disable(_show)
+
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -128,9 +129,7 @@ def _attention_function(base: str) -> Callable[..., Any]:
         attention_mask: Any,
         **kwargs: Any,
     ) -> Any:
-        tap = _taps.get(module)
-        if tap is not None:
-            _show(tap, module, query, key, attention_mask, kwargs)
+        show(module, query, key, attention_mask, kwargs)
         return _base_function(base, module)(
             _as_base(module, base), query, key, value, attention_mask, **kwargs
         )
@@ -138,15 +137,17 @@ def _attention_function(base: str) -> Callable[..., Any]:
     return attention
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _show(
-    tap: Tap, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[str, Any]
+    module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[str, Any]
 ) -> None:
-    """Let the tap see the call; a compiled layer has a graph break here, in tapped layers only.
+    """Let the module's tap see the call, if it has one.
 
-    A checkpoint runs the layer again during backward; its first run was the one that counts.
+    A compiled layer has a graph break here. The look-up is on this side of it: layers share compiled
+    code, and a tap found while one is traced would be called for all of them. A checkpoint runs the
+    layer again during backward; its first run was the one that counts.
     """
-    if torch._C._current_graph_task_id() == -1:
+    tap = _taps.get(module)
+    if tap is not None and torch._C._current_graph_task_id() == -1:
         tap(_call(module, query, key, mask, kwargs))
 
 

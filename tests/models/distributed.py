@@ -54,6 +54,9 @@ def main(kind: str, rank: int, store: str) -> None:
     student, teacher = models()
     wrapped = student
     if kind == "ddp":
+        for name, parameter in student.named_parameters():
+            # CLIP's last norm is unused here; DDP would wait for its gradient and reduce nothing
+            parameter.requires_grad_(name in expected)
         wrapped = torch.nn.parallel.DistributedDataParallel(student)
     else:
         from torch.distributed.device_mesh import init_device_mesh
