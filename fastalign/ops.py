@@ -3,6 +3,9 @@
 ``fastalign::align`` and ``fastalign::align_backward`` take a ``Problem`` field by field. They run
 whatever ``backend`` names, on any device; ``torch.compile``, FakeTensor and opcheck see shapes that
 follow from the inputs' shapes alone. Gradients exist for q_s, k_s and mix; the teacher has none.
+
+``fastalign::align_with_gradients`` is for backends that compute the gradients along with the loss, while
+the maps are still in their workspace: the loss is a scalar, so that its backward is a multiplication.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from .backends.contract import Forward, Gradients, empty_forward
 from .problem import Problem
-from .registry import backend_for
+from .registry import backend_for, gradients_together
 from .spec import spec_from_key
 
 _PROBLEM = (
@@ -40,12 +43,35 @@ torch.library.define(
     "fastalign::align_backward",
     f"({_PROBLEM}, str backend, Tensor grad, {_SAVED}) -> (Tensor, Tensor, Tensor)",
 )
+torch.library.define(
+    "fastalign::align_with_gradients",
+    f"({_PROBLEM}, str backend, int wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    # of q, k and mix only the types are read; they are here so that a second derivative is refused
+    "fastalign::scale_gradients",
+    "(Tensor q_s, Tensor k_s, Tensor? mix, Tensor d_q, Tensor d_k, Tensor d_mix, Tensor grad) "
+    "-> (Tensor, Tensor, Tensor)",
+)
 
 
 def run(problem: Problem, backend: str) -> Tensor:
     """The loss of a problem on a streaming backend, differentiable in q_s, k_s and mix."""
-    loss: Tensor = torch.ops.fastalign.align(*_arguments(problem), backend)[0]
+    arguments, wanted = _arguments(problem), _wanted(problem)
+    loss: Tensor
+    if wanted and gradients_together(backend, problem.q_s.device):
+        loss = torch.ops.fastalign.align_with_gradients(*arguments, backend, wanted)[0]
+    else:
+        loss = torch.ops.fastalign.align(*arguments, backend)[0]
     return loss
+
+
+def _wanted(problem: Problem) -> int:
+    """Which gradients autograd will ask for: bits 1 (q_s), 2 (k_s), 4 (mix)."""
+    leaves = (problem.q_s, problem.k_s, problem.mix)
+    if not torch.is_grad_enabled():
+        return 0
+    return sum(1 << i for i, x in enumerate(leaves) if x is not None and x.requires_grad)
 
 
 def _arguments(problem: Problem) -> tuple[Any, ...]:
@@ -125,3 +151,78 @@ def _no_double_backward(ctx: Any, *_: Any) -> None:
 
 torch.library.register_autograd("fastalign::align", _differentiate, setup_context=_setup_context)
 torch.library.register_autograd("fastalign::align_backward", _no_double_backward)
+
+
+# ------------------------------------------------------------- loss and gradients together
+
+
+@torch.library.impl("fastalign::align_with_gradients", "default")
+def _together(*arguments: Any) -> tuple[Tensor, ...]:
+    """(loss, dq_s, dk_s, dmix) for an upstream gradient of 1; what is not wanted is empty."""
+    problem, (backend, wanted) = _problem(arguments), arguments[_FIELDS:]
+    module = backend_for(backend, problem)
+    if hasattr(module, "align"):
+        out, gradients = module.align(problem, wanted)
+        return (out.loss, *gradients)
+    out = module.forward(problem)
+    gradients = module.backward(problem, out, torch.ones_like(out.loss))
+    return (out.loss, *(
+        x.to(problem.dtype) if wanted >> i & 1 else x.new_zeros((0,), dtype=problem.dtype)
+        for i, x in enumerate(gradients)
+    ))  # fmt: skip
+
+
+@torch.library.register_fake("fastalign::align_with_gradients")
+def _together_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    p, wanted = _problem(arguments), arguments[_FIELDS + 1]
+    shapes = [
+        x.shape if x is not None and wanted >> i & 1 else (0,)
+        for i, x in enumerate((p.q_s, p.k_s, p.mix))
+    ]
+    return tuple(p.q_s.new_empty(shape, dtype=p.dtype) for shape in ((), *shapes))
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.inputs = len(inputs)
+    ctx.save_for_backward(inputs[0], inputs[1], inputs[6], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _multiply(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * ctx.inputs
+    scaled = torch.ops.fastalign.scale_gradients(*ctx.saved_tensors, grad)
+    q, k, mix = (
+        x if ctx.needs_input_grad[i] else None for x, i in zip(scaled, (0, 1, 6), strict=True)
+    )
+    nothing: tuple[None, ...] = (None,) * (ctx.inputs - 7)
+    return (q, k, None, None, None, None, mix, *nothing)
+
+
+@torch.library.impl("fastalign::scale_gradients", "default")
+def _scale(
+    q: Tensor, k: Tensor, mix: Tensor | None, d_q: Tensor, d_k: Tensor, d_mix: Tensor, grad: Tensor
+) -> tuple[Tensor, ...]:
+    """Kept gradients times the upstream one, in the inputs' types."""
+    dtypes = (q.dtype, k.dtype, d_mix.dtype if mix is None else mix.dtype)
+    return tuple(
+        (x * grad.to(x.dtype)).to(dtype) for x, dtype in zip((d_q, d_k, d_mix), dtypes, strict=True)
+    )
+
+
+@torch.library.register_fake("fastalign::scale_gradients")
+def _scale_fake(
+    q: Tensor, k: Tensor, mix: Tensor | None, d_q: Tensor, d_k: Tensor, d_mix: Tensor, grad: Tensor
+) -> tuple[Tensor, ...]:
+    dtypes = (q.dtype, k.dtype, d_mix.dtype if mix is None else mix.dtype)
+    return tuple(
+        x.new_empty(x.shape, dtype=dtype)
+        for x, dtype in zip((d_q, d_k, d_mix), dtypes, strict=True)
+    )
+
+
+torch.library.register_autograd(
+    "fastalign::align_with_gradients", _multiply, setup_context=_keep_gradients
+)
+torch.library.register_autograd("fastalign::scale_gradients", _no_double_backward)

@@ -12,16 +12,18 @@ import logging
 from functools import cache
 from types import ModuleType
 
+import torch
+
 from .problem import Problem
 
 logger = logging.getLogger("fastalign")
 
 #: ``reference`` is ``maths.align_loss`` itself and needs no operator.
-MODULES = {"tiled": "fastalign.backends.tiled"}
+MODULES = {"tiled": "fastalign.backends.tiled", "cpu": "fastalign.backends.cpu"}
 NAMES = ("auto", "reference", *MODULES)
 
 #: What ``auto`` tries on a kind of device, in this order; the last can do everything.
-PREFERENCES: dict[str, tuple[str, ...]] = {}
+PREFERENCES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
 EVERYWHERE = ("tiled",)
 
 
@@ -56,6 +58,11 @@ def backend_for(name: str, problem: Problem) -> ModuleType:
             _log_once(device, choice)
             return _load(choice)
     raise AssertionError("tiled can do everything")
+
+
+def gradients_together(name: str, device: torch.device) -> bool:
+    """Whether the gradients are computed along with the loss: by the kernels for the CPU."""
+    return device.type == "cpu" and name in ("auto", "cpu")
 
 
 def _can(name: str, problem: Problem) -> bool:

@@ -1,0 +1,123 @@
+// Vectors of one register as a value type, and the elementary functions on them.
+//
+// GCC's and Clang's vector extensions: the same source compiles to AVX-512, AVX2, SSE and NEON, with
+// arithmetic, comparison and selection written as on scalars. The width is the widest register that the
+// flags of the translation unit allow; the kernels are built once per instruction set (kernels.cpp).
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+namespace fastalign::FASTALIGN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// Lanes<float>::vec is 8 floats on AVX2, and Lanes<float>::ints 8 integers of the same size.
+template <typename T> struct Lanes;
+template <> struct Lanes<float> {
+  using scalar_int = int32_t;
+  typedef float vec __attribute__((vector_size(kVectorBytes)));
+  typedef float loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t ints __attribute__((vector_size(kVectorBytes)));
+  static constexpr int width = kVectorBytes / 4;
+};
+template <> struct Lanes<double> {
+  using scalar_int = int64_t;
+  typedef double vec __attribute__((vector_size(kVectorBytes)));
+  typedef double loose __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef int64_t ints __attribute__((vector_size(kVectorBytes)));
+  static constexpr int width = kVectorBytes / 8;
+};
+template <typename T> using Vec = typename Lanes<T>::vec;
+template <typename T> using Ints = typename Lanes<T>::ints;
+template <typename T> constexpr int kWidth = Lanes<T>::width;
+
+template <typename T> inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Lanes<T>::loose*>(p);
+}
+template <typename T> inline void store(T* p, Vec<T> x) {
+  *reinterpret_cast<typename Lanes<T>::loose*>(p) = x;
+}
+template <typename T> inline Vec<T> all(T x) { return x - Vec<T>{}; }
+template <typename T> inline Vec<T> max(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
+template <typename T> inline Vec<T> min(Vec<T> a, Vec<T> b) { return a < b ? a : b; }
+template <typename T> inline Vec<T> abs(Vec<T> a) { return a < 0 ? -a : a; }
+
+template <typename T> constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+// What exp and log need to know of a format: bits of the mantissa, the number 1.5 * 2^bits (adding it
+// rounds to an integer that then sits in the low bits), the range in which 2^n is normal, ln 2 in two
+// parts, and how many terms of a series reach half an ulp.
+template <typename T> struct Format;
+template <> struct Format<float> {
+  static constexpr int mantissa = 23, exp_terms = 7, log_terms = 6;
+  static constexpr int32_t one = 0x3f800000, sqrt_half = 0x3f3504f3;
+  static constexpr float round = 12582912.0f, low = -87.33f, high = 88.3f;
+  static constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.42860677e-6f;
+};
+template <> struct Format<double> {
+  static constexpr int mantissa = 52, exp_terms = 13, log_terms = 11;
+  static constexpr int64_t one = 0x3ff0000000000000, sqrt_half = 0x3fe6a09e667f3bcd;
+  static constexpr double round = 6755399441055744.0, low = -708.39, high = 709.4;
+  static constexpr double ln2_high = 6.93147180369123816490e-1, ln2_low = 1.90821492927058770002e-10;
+};
+
+// 1 / n! as a constant of the compiler.
+constexpr double inverse_factorial(int n) { return n < 2 ? 1.0 : inverse_factorial(n - 1) / n; }
+
+// x = n ln 2 + r with |r| <= ln 2 / 2: {2^n, e^r - 1}. The Taylor series of e^r - 1 in Horner's form is
+// cut where its next term is below 1/8 ulp: r^8 / 8! = 5e-9 (float), r^14 / 14! = 4e-18 (double).
+template <typename T> struct Exponential { Vec<T> power, rest; };
+template <typename T> inline Exponential<T> exponential(Vec<T> x) {
+  using F = Format<T>;
+  x = min<T>(max<T>(x, all<T>(F::low)), all<T>(F::high));
+  const Vec<T> shifted = x * T(1.44269504088896340736) + F::round;
+  const Vec<T> n = shifted - F::round;
+  const Vec<T> r = (x - n * F::ln2_high) - n * F::ln2_low;
+  Vec<T> sum = all<T>(T(inverse_factorial(F::exp_terms)));
+#pragma GCC unroll 16
+  for (int k = F::exp_terms - 1; k >= 1; --k) sum = sum * r + T(inverse_factorial(k));
+  const Ints<T> bits = ((Ints<T>)shifted << F::mantissa) + F::one;
+  return {(Vec<T>)bits, sum * r};
+}
+
+// e^x within 1.5 ulp; exactly 0 below the smallest normal number (so that exp(-inf) = 0).
+template <typename T> inline Vec<T> exp(Vec<T> x) {
+  const auto e = exponential<T>(x);
+  const Vec<T> y = e.power * e.rest + e.power;
+  return x < Format<T>::low ? Vec<T>{} : y;
+}
+
+// tanh x = (1 - e^-2|x|) / (1 + e^-2|x|) with the numerator as expm1, exact to rounding near 0 too.
+template <typename T> inline Vec<T> tanh(Vec<T> x) {
+  const auto e = exponential<T>(-2 * abs<T>(x));
+  const Vec<T> less = e.power * e.rest + (e.power - 1);  // e^-2|x| - 1
+  const Vec<T> y = -less / (less + 2);
+  return x < 0 ? -y : y;
+}
+
+// log x for x > 0 normal: x = 2^n m, sqrt(1/2) <= m < sqrt(2), log m = 2 atanh s with
+// s = (m - 1) / (m + 1), |s| < 0.1716; the series in s^2 is cut below 1/4 ulp. log 0 = -inf.
+template <typename T> inline Vec<T> log(Vec<T> x) {
+  using F = Format<T>;
+  const Ints<T> offset = (Ints<T>)x - F::sqrt_half;
+  const Ints<T> exponent = offset >> F::mantissa;
+  const Ints<T> bits = (Ints<T>)x - (exponent << F::mantissa);
+  const Vec<T> m = (Vec<T>)bits;
+  const Vec<T> n = __builtin_convertvector(exponent, Vec<T>);
+  const Vec<T> s = (m - 1) / (m + 1), square = s * s;
+  Vec<T> sum = all<T>(T(1.0 / (2 * F::log_terms + 1)));
+#pragma GCC unroll 16
+  for (int k = F::log_terms - 1; k >= 1; --k) sum = sum * square + T(1.0 / (2 * k + 1));
+  const Vec<T> y = n * F::ln2_high + (2 * s + (2 * s * square * sum + n * F::ln2_low));
+  return x > 0 ? y : all<T>(-kInfinity<T>);
+}
+
+}  // namespace fastalign::FASTALIGN_ISA
