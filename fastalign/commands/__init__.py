@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
+from .distill import distill
+from .init import init
 from .recipes import recipes
 
 
@@ -21,6 +23,8 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_options)
     app.command()(recipes)
+    app.command()(init)
+    app.command()(distill)
     return app
 
 

@@ -25,7 +25,8 @@ def hidden_sum(student: Tensor, teacher: Tensor, distance: str = "mse") -> Tenso
     student, teacher = _wide(student), _wide(teacher.detach())
     if distance == "cosine":
         return (1 - F.cosine_similarity(student, teacher, dim=-1)).sum()
-    return (student - teacher).square().mean(-1).sum()
+    total: Tensor = (student - teacher).square().mean(-1).sum()
+    return total
 
 
 def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -42,12 +43,14 @@ def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
         )
     s, t = _unit(_wide(student)), _unit(_wide(teacher.detach()))
     cross, own, target = (s.T @ t).square().sum(), (s.T @ s).norm(), (t.T @ t).norm()
-    return 1 - cross / (own * target).clamp_min(torch.finfo(s.dtype).tiny)
+    loss: Tensor = 1 - cross / (own * target).clamp_min(torch.finfo(s.dtype).tiny)
+    return loss
 
 
 def _unit(x: Tensor) -> Tensor:
     """Scaled so that fourth powers neither overflow nor underflow; the cosine does not change."""
-    return x / x.detach().norm().clamp_min(torch.finfo(x.dtype).tiny)
+    scaled: Tensor = x / x.detach().norm().clamp_min(torch.finfo(x.dtype).tiny)
+    return scaled
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -1,0 +1,71 @@
+"""Folders that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+STAGING = ".saving"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the message says which one is still whole."""
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill; at the end it is flushed to the disk and takes ``target``'s place at once.
+
+    A process that dies inside leaves ``target`` as it was; what it had written lies in a ``.saving``
+    folder beside it, which the next use removes.
+    """
+    staging = target.parent / STAGING / target.name
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        put_in_place(staging, target)
+    except BaseException:
+        shutil.rmtree(staging.parent, ignore_errors=True)
+        raise
+
+
+def put_in_place(staging: Path, target: Path) -> None:
+    """Flush ``staging`` and rename it to ``target``; an older ``target`` goes."""
+    for folder, _, files in os.walk(staging):
+        for name in files:
+            _flush(Path(folder) / name)
+        _flush(Path(folder))
+    if target.exists():  # only one that is written again; the new one is whole already
+        old = staging.parent / f"{target.name}.old"
+        os.replace(target, old)
+        os.replace(staging, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(staging, target)
+    _flush(target.parent)
+    shutil.rmtree(staging.parent, ignore_errors=True)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest step, or None."""
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return found[max(found)] if found else None
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

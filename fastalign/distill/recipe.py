@@ -1,0 +1,130 @@
+"""A recipe: teacher, student and a list of stages; a YAML file and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from .plain import RecipeError, from_plain, to_plain
+from .stages import Data, Stage, stage_from_plain
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where the two models come from, and how the student reads the image.
+
+    Attributes:
+        teacher, student: folders or hub names of standard checkpoints.
+        processor: None: the student's.
+        taf: teacher's adapter fetch, "linear" or "mlp"; None: the student's own projector.
+        teacher_dtype: the type that the teacher's weights are loaded in.
+        teacher_bits: 8 or 4: quantised by bitsandbytes; None: not.
+        trust_remote_code: run code that a checkpoint brings along.
+    """
+
+    teacher: str
+    student: str
+    processor: str | None = None
+    taf: Literal["linear", "mlp"] | None = None
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    student_dtype: Literal["float32", "bfloat16"] = "float32"
+    teacher_bits: Literal[8, 4] | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that ``fastalign distill`` runs.
+
+    Attributes:
+        output: the run's folder: one folder a stage, ``final`` the student, ``summary.json``.
+        cpu: run on the CPU even where there is a GPU.
+        threads: of torch on a CPU; None: torch's own choice.
+    """
+
+    models: Models
+    output: str
+    stages: tuple[Stage, ...]
+    data: Data | None = None
+    seed: int = 0
+    cpu: bool = False
+    threads: int | None = None
+    folder: str = field(default=".", compare=False)
+
+    def data_of(self, stage: Stage) -> Data:
+        data = stage.data or self.data
+        assert data is not None  # checked when the recipe was read
+        return data
+
+
+_KEYS = ("models", "output", "data", "seed", "cpu", "threads", "defaults", "stages")
+
+
+def recipe_from_plain(values: Any, folder: Path = Path(".")) -> Recipe:
+    """The recipe that plain values describe; relative paths are relative to ``folder``.
+
+    ``defaults`` are entries of every stage that does not have them.
+
+    Raises:
+        RecipeError: what is wrong, with its place.
+    """
+    if not isinstance(values, dict):
+        raise RecipeError(f"the recipe is a {type(values).__name__}; allowed: a mapping")
+    unknown = [name for name in values if name not in _KEYS]
+    if unknown:
+        raise RecipeError(f"the recipe has an entry {unknown[0]!r}; allowed: {', '.join(_KEYS)}")
+    rest = {name: value for name, value in values.items() if name not in ("stages", "defaults")}
+    stages = values.get("stages")
+    if not isinstance(stages, list) or not stages:
+        raise RecipeError("stages is not a list of at least one stage")
+    defaults = values.get("defaults") or {}
+    if not isinstance(defaults, dict):
+        raise RecipeError(f"defaults is {defaults!r}; allowed: a mapping")
+    read = tuple(
+        stage_from_plain(stage, defaults, f"stages[{i}]") for i, stage in enumerate(stages)
+    )
+    recipe = from_plain(Recipe, {**rest, "stages": [], "folder": str(folder)}, "recipe")
+    recipe = replace(recipe, stages=read)
+    names = [stage.name for stage in read]
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"two stages are called {name!r}; allowed: different names")
+        if not name or "/" in name or name.startswith("."):
+            raise RecipeError(f"a stage is called {name!r}; allowed: a name for a folder")
+    for i, stage in enumerate(read):
+        if stage.data is None and recipe.data is None:
+            raise RecipeError(f"stages[{i}] has no data and the recipe has none; allowed: either")
+    return recipe
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a YAML file.
+
+    Raises:
+        RecipeError: no such file, no YAML, or what is wrong in it.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{path} is no YAML: {error}") from None
+    try:
+        return recipe_from_plain(values, path.parent)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+
+
+def recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
+    """Mappings, lists and scalars; ``recipe_from_plain`` gives the recipe back."""
+    plain = to_plain(recipe)
+    del plain["folder"]
+    return plain  # type: ignore[no-any-return]
+
+
+def resolve(recipe: Recipe, path: str) -> Path:
+    """A path of the recipe: relative ones are relative to the recipe's own folder."""
+    return Path(path) if Path(path).is_absolute() else Path(recipe.folder) / path

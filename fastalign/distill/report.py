@@ -1,0 +1,89 @@
+"""What a run leaves to read: a summary in numbers, loss curves, a model card."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._version import __version__
+from .recipe import Recipe, recipe_to_plain
+from .stages import Stage
+
+if TYPE_CHECKING:
+    from .trainer import DistillTrainer
+
+
+def stage_summary(stage: Stage, trainer: DistillTrainer) -> dict[str, Any]:
+    """Plain values: steps, times, memory, losses at the end, samples passed over."""
+    return {
+        "stage": stage.name,
+        "steps": trainer.state.global_step,
+        **trainer.stopwatch.summary(),
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "shared_vision_tower": trainer.objective.shares_vision,
+        "last_losses": last_losses(trainer.state.log_history),
+        "skipped": dict(trainer.skipped),
+        "history": loss_history(trainer.state.log_history),
+    }
+
+
+def loss_history(log: Iterable[dict[str, float]]) -> list[dict[str, float]]:
+    """The entries of the Trainer's log that hold losses."""
+    return [
+        {k: v for k, v in entry.items() if k == "step" or k.startswith("loss")}
+        for entry in log
+        if "loss" in entry
+    ]
+
+
+def last_losses(log: Iterable[dict[str, float]]) -> dict[str, float]:
+    entries = loss_history(log)
+    return {k: v for k, v in entries[-1].items() if k != "step"} if entries else {}
+
+
+def write_curves(log: Iterable[dict[str, float]], path: Path) -> None:
+    """The losses over the steps as a picture, where matplotlib is installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return  # an extra of its own; the numbers are in stage.json
+    from ..analysis.pictures import curves_figure, save_figure
+
+    entries = loss_history(log)
+    names = [name for name in (entries[0] if entries else {}) if name != "step"]
+    curves = {name: [entry.get(name, float("nan")) for entry in entries] for name in names}
+    if len(entries) > 1:
+        save_figure(curves_figure(curves, x=[int(entry["step"]) for entry in entries]), path)
+
+
+def model_card(recipe: Recipe, summaries: list[dict[str, Any]]) -> str:
+    """README.md of the final student."""
+    import yaml
+
+    lines = [
+        "---",
+        "tags: [fastalign, distillation]",
+        "---",
+        f"# {Path(recipe.models.student).name}, distilled from {Path(recipe.models.teacher).name}",
+        "",
+        f"Made by fastalign {__version__}. Stages:",
+        "",
+        "| stage | steps | losses at the end | samples passed over |",
+        "|---|---|---|---|",
+    ]
+    for s in summaries:
+        losses = ", ".join(f"{name} {value:.4g}" for name, value in s["last_losses"].items())
+        lines.append(f"| {s['stage']} | {s['steps']} | {losses} | {sum(s['skipped'].values())} |")
+    if recipe.models.taf is not None:
+        lines += [
+            "",
+            "The student reads the image through the teacher's projector (model type `llava_taf`). Load it "
+            "with `import fastalign.distill.taf` and then `AutoModelForImageTextToText.from_pretrained`.",
+        ]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
+    plain = yaml.safe_dump(recipe_to_plain(recipe), sort_keys=False)
+    return "\n".join(
+        [*lines, "", "Versions: " + ", ".join(versions), "", "```yaml", plain + "```", ""]
+    )

@@ -1,0 +1,226 @@
+"""Teacher's adapter fetch: the student reads the image through the teacher's projector.
+
+x_v = P_s(P_t(z)): P_t is the teacher's projector, copied and frozen; P_s is small and trained
+(CompoDistill, arXiv 2510.12184). For LLaVA models P_t is Linear - GELU - Linear.
+
+Where P_s is one Linear (the released code's choice), P_s after P_t's last Linear is one Linear again,
+W = W_s W_2 and b = W_s b_2 + b_s: the whole is a two-layer projector whose hidden width is the
+*teacher's* (``fold``). Stock LLaVA fixes that width to the student's own. So an exact stock
+checkpoint exists only if the teacher is not wider than the student (``to_stock`` then fills up with
+units whose weights are zero, which GELU keeps at zero); a wider teacher's projector has more units
+than the stock class can hold, and its checkpoint is loaded with this module's class. Importing this
+module makes ``AutoConfig`` and ``AutoModelForImageTextToText`` know it; no remote code is involved.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+from transformers.activations import ACT2FN
+
+from ..models import FAMILIES, Family, register_family
+
+ADAPTERS = ("linear", "mlp", "folded")
+#: Activations that map 0 to 0, so that added units stay silent.
+_KEEPS_ZERO = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
+
+
+class TafLlavaConfig(LlavaConfig):  # type: ignore[misc]
+    """LLaVA's configuration, with the width of the fetched projector and the adapter's kind.
+
+    Attributes:
+        fetched_width: the teacher's hidden size, d_t.
+        adapter: ``"linear"``: P_s is one Linear; ``"mlp"``: Linear - GELU - Linear (the paper);
+            ``"folded"``: P_s and P_t's last Linear have become one.
+    """
+
+    model_type = "llava_taf"
+
+    fetched_width: int = 4096
+    adapter: str = "linear"
+
+
+class FetchedProjector(nn.Module):
+    """[..., d_v] -> [..., d_s]: ``fetched`` is P_t (frozen), ``adapter`` is P_s."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        if config.adapter not in ADAPTERS:
+            raise ValueError(f"adapter is {config.adapter!r}; allowed: {', '.join(ADAPTERS)}")
+        layers = config.vision_feature_layer
+        inner = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+        width, out = config.fetched_width, config.text_config.hidden_size
+        bias = config.multimodal_projector_bias
+        self.fetched = nn.ModuleDict({"linear_1": nn.Linear(inner, width, bias=bias)})
+        self.act = ACT2FN[config.projector_hidden_act]
+        if config.adapter == "folded":
+            self.adapter: nn.Module = nn.Linear(width, out, bias=bias)
+        else:
+            self.fetched["linear_2"] = nn.Linear(width, width, bias=bias)
+            first = nn.Linear(width, out, bias=bias)
+            self.adapter = (
+                first
+                if config.adapter == "linear"
+                else nn.Sequential(first, nn.GELU(), nn.Linear(out, out, bias=bias))
+            )
+        self.fetched.requires_grad_(False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.act(self.fetched["linear_1"](features))
+        if "linear_2" in self.fetched:
+            hidden = self.fetched["linear_2"](hidden)
+        out: Tensor = self.adapter(hidden)
+        return out
+
+
+class TafLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type: ignore[misc]
+    """LLaVA with a ``FetchedProjector``; all else, generation included, is LLaVA's."""
+
+    config_class = TafLlavaConfig
+    config: TafLlavaConfig
+
+    def __init__(self, config: TafLlavaConfig) -> None:
+        super().__init__(config)
+        self.model.multi_modal_projector = FetchedProjector(config)
+        self.post_init()
+
+
+def fetch_adapter(
+    student: Any, teacher: Any, *, adapter: str = "linear"
+) -> TafLlavaForConditionalGeneration:
+    """The student with the teacher's vision tower and projector, both frozen, and a new adapter.
+
+    Args:
+        student: a stock LLaVA; its language model is taken over, its projector is not.
+        teacher: a stock LLaVA whose vision tower has the same configuration.
+        adapter: "linear" or "mlp".
+
+    The adapter's weights are drawn from torch's generator.
+
+    Raises:
+        TypeError, ValueError: models for which this is not defined.
+    """
+    for role, model in (("student", student), ("teacher", teacher)):
+        if type(model) is not LlavaForConditionalGeneration:
+            raise TypeError(
+                f"taf: the {role} is a {type(model).__name__}; allowed: LlavaForConditionalGeneration "
+                "(a projector of two linear layers)"
+            )
+    if adapter not in ("linear", "mlp"):
+        raise ValueError(f"taf: adapter is {adapter!r}; allowed: 'linear', 'mlp'")
+    plain = student.config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version"):
+        plain.pop(name, None)
+    for name in (
+        "vision_config",
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+        "projector_hidden_act",
+        "multimodal_projector_bias",
+        "image_seq_length",
+    ):
+        plain[name] = copy.deepcopy(teacher.config.to_dict()[name])
+    config = TafLlavaConfig(
+        **plain, fetched_width=teacher.config.text_config.hidden_size, adapter=adapter
+    )
+    made = TafLlavaForConditionalGeneration(config)
+    dtype = student.lm_head.weight.dtype
+    made.model.language_model = student.model.language_model
+    made.lm_head = student.lm_head
+    made.model.vision_tower.load_state_dict(teacher.model.vision_tower.state_dict())
+    projector = teacher.model.multi_modal_projector.state_dict()
+    made.model.multi_modal_projector.fetched.load_state_dict(projector)
+    made.to(dtype)
+    made.model.vision_tower.requires_grad_(False)
+    # The language model's configuration must be one object with its attention layers'.
+    made.config.text_config = student.model.language_model.config
+    made.model.config = made.config
+    return made
+
+
+def fold(model: TafLlavaForConditionalGeneration) -> TafLlavaForConditionalGeneration:
+    """A copy in which the linear adapter and the fetched projector's last layer are one.
+
+    Products are formed in float64 and rounded once: equal up to rounding, and cheaper to run.
+
+    Raises:
+        ValueError: the adapter is not linear.
+    """
+    config = copy.deepcopy(model.config)
+    if config.adapter != "linear":
+        raise ValueError(f"fold: the adapter is {config.adapter!r}; allowed: 'linear'")
+    config.adapter = "folded"
+    made = TafLlavaForConditionalGeneration(config).to(model.lm_head.weight.dtype)
+    state = model.state_dict()
+    prefix = "model.multi_modal_projector."
+    second = model.model.multi_modal_projector.fetched["linear_2"]
+    last = model.model.multi_modal_projector.adapter
+    weight, bias = _product(last, second)
+    state = {k: v for k, v in state.items() if not k.startswith(prefix + "fetched.linear_2")}
+    state[prefix + "adapter.weight"] = weight
+    if bias is not None:
+        state[prefix + "adapter.bias"] = bias
+    made.load_state_dict(state)
+    return cast(TafLlavaForConditionalGeneration, made.eval())
+
+
+def to_stock(model: TafLlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """The same function as a stock ``LlavaForConditionalGeneration``.
+
+    Raises:
+        ValueError: the adapter is not one Linear, or the teacher is wider than the student: the stock
+            projector has as many hidden units as the student is wide.
+    """
+    folded = model if model.config.adapter == "folded" else fold(model)
+    width, own = folded.config.fetched_width, folded.config.text_config.hidden_size
+    if width > own:
+        raise ValueError(
+            f"to_stock: the fetched projector has {width} hidden units and a stock LLaVA of this size "
+            f"{own}; allowed: a teacher that is not wider than the student, or the checkpoint of "
+            "TafLlavaForConditionalGeneration (import fastalign.distill.taf, then AutoModel)"
+        )
+    if folded.config.projector_hidden_act not in _KEEPS_ZERO:
+        raise ValueError(
+            f"to_stock: projector_hidden_act is {folded.config.projector_hidden_act!r}; allowed: "
+            f"{', '.join(_KEEPS_ZERO)}"
+        )
+    plain = folded.config.to_dict()
+    for name in ("model_type", "architectures", "fetched_width", "adapter"):
+        plain.pop(name, None)
+    made = LlavaForConditionalGeneration(LlavaConfig(**plain)).to(folded.lm_head.weight.dtype)
+    state = folded.state_dict()
+    prefix = "model.multi_modal_projector."
+    ours = {name: state.pop(name) for name in list(state) if name.startswith(prefix)}
+    empty = {n: torch.zeros_like(v) for n, v in made.state_dict().items() if n.startswith(prefix)}
+    empty[prefix + "linear_1.weight"][:width] = ours[prefix + "fetched.linear_1.weight"]
+    empty[prefix + "linear_2.weight"][:, :width] = ours[prefix + "adapter.weight"]
+    if folded.config.multimodal_projector_bias:
+        empty[prefix + "linear_1.bias"][:width] = ours[prefix + "fetched.linear_1.bias"]
+        empty[prefix + "linear_2.bias"][:] = ours[prefix + "adapter.bias"]
+    made.load_state_dict({**state, **empty})
+    return cast(LlavaForConditionalGeneration, made.eval())
+
+
+def _product(last: Any, second: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of last(second(x))."""
+    dtype = last.weight.dtype
+    w_s, w_2 = last.weight.detach().double(), second.weight.detach().double()
+    if last.bias is None:
+        return (w_s @ w_2).to(dtype), None
+    bias = w_s @ second.bias.detach().double() + last.bias.detach().double()
+    return (w_s @ w_2).to(dtype), bias.to(dtype)
+
+
+if TafLlavaConfig.model_type not in FAMILIES:
+    AutoConfig.register(TafLlavaConfig.model_type, TafLlavaConfig)
+    AutoModelForImageTextToText.register(TafLlavaConfig, TafLlavaForConditionalGeneration)
+    register_family(Family((TafLlavaConfig.model_type,)))
