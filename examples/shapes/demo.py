@@ -43,18 +43,18 @@ from fastalign.models import visual_attention
 
 TEACHER = Path(__file__).parent / "teacher"
 SHOWN = ("where", "binding", "relation", "neighbour", "count")
-"""The question types of the attention picture: the first test question of each."""
+"""The question types of the attention picture."""
 
 console = Console()
-Model = LlavaForConditionalGeneration
 
 
-def load_teacher(folder: Path = TEACHER) -> Model:
+def load_teacher(folder: Path = TEACHER) -> LlavaForConditionalGeneration:
     """The shipped teacher, from local files only."""
-    teacher: Model = LlavaForConditionalGeneration.from_pretrained(
+    teacher: LlavaForConditionalGeneration = LlavaForConditionalGeneration.from_pretrained(
         folder, local_files_only=True, dtype=torch.float32
     )
-    return teacher.eval()
+    teacher.eval()
+    return teacher
 
 
 def run(
@@ -98,6 +98,9 @@ def run(
         "history": vars(history),
     }
     written.append(write_json(results, out / "results.json"))
+    student.save_pretrained(out / "student")
+    build_processor().save_pretrained(out / "student")
+    written.append(out / "student")
     console.print("wrote " + ", ".join(str(path) for path in written))
     return results
 
@@ -112,7 +115,7 @@ def bar() -> Progress:
     )
 
 
-def score(model: Model, test: EvaluationSet, name: str) -> Report:
+def score(model: LlavaForConditionalGeneration, test: EvaluationSet, name: str) -> Report:
     with bar() as progress:
         task = progress.add_task(f"asking the {name}", total=None)
         return evaluate(
@@ -122,7 +125,11 @@ def score(model: Model, test: EvaluationSet, name: str) -> Report:
         )
 
 
-def train_with_progress(student: Model, teacher: Model, settings: StudentSettings) -> History:
+def train_with_progress(
+    student: LlavaForConditionalGeneration,
+    teacher: LlavaForConditionalGeneration,
+    settings: StudentSettings,
+) -> History:
     with bar() as progress:
         task = progress.add_task("training", total=settings.steps)
 
@@ -164,11 +171,11 @@ def similarity_table(alike: dict[str, dict[str, float]]) -> Table:
     return table
 
 
-def attention_picture(models: dict[str, Model], test: EvaluationSet) -> Any:
+def attention_picture(models: dict[str, LlavaForConditionalGeneration], test: EvaluationSet) -> Any:
     """Where each model looks, from the token that predicts the answer, all layers averaged."""
     examples = []
-    for type in SHOWN:
-        item: Item = test.of_type(type)[0]
+    for number, type in enumerate(SHOWN):
+        item: Item = test.of_type(type)[number]  # not picked by hand; another scene for each type
         image = render(test.scenes[item.scene])
         inputs = build_processor()(
             images=image, text=IMAGE + item.question.text, return_tensors="pt"

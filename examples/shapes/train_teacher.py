@@ -158,7 +158,8 @@ def align_projector(
         projector.linear_1.weight.div_(features[:1000].float().std())
 
         def words(names: tuple[str, ...]) -> Tensor:
-            return embedding[[encode(name)[0] for name in names]].clone()
+            rows: Tensor = embedding[[encode(name)[0] for name in names]]
+            return rows.clone()
 
         colour = words((NOTHING, *COLOURS))
         shape = torch.cat([torch.zeros(1, embedding.shape[1]), words(SHAPES)])

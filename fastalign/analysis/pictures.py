@@ -36,7 +36,7 @@ class Example:
 
 
 def overlay(image: PILImage, weights: NDArray[np.floating], *, side: int = 240) -> PILImage:
-    """The image, greyed, with the weights in colour over it: RGB of side x side pixels.
+    """The image, greyed and dimmed, with the weights in colour over it: RGB of side x side pixels.
 
     The largest weight is fully opaque; an all-zero map leaves the grey image.
     """
@@ -52,7 +52,8 @@ def overlay(image: PILImage, weights: NDArray[np.floating], *, side: int = 240) 
     )[..., None]
     picture = image.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
     colours = np.asarray(picture, np.float64)
-    grey = 0.35 * colours + 0.65 * colours.mean(axis=-1, keepdims=True)
+    # Dimmed, or the heat would not show on a white image.
+    grey = 0.55 * (0.5 * colours + 0.5 * colours.mean(axis=-1, keepdims=True))
     heat = np.stack([_heat(large[..., 0], channel) for channel in range(3)], axis=-1)
     mixed = grey * (1 - 0.75 * large) + heat * 0.75 * large
     return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
@@ -61,7 +62,9 @@ def overlay(image: PILImage, weights: NDArray[np.floating], *, side: int = 240) 
 def _heat(share: NDArray[np.floating], channel: int) -> NDArray[np.floating]:
     """Dark red through orange to yellow, readable in grey as well."""
     stops = ((120.0, 0.0, 30.0), (250.0, 110.0, 20.0), (255.0, 240.0, 80.0))
-    heat: NDArray[np.floating] = np.interp(share, (0.0, 0.5, 1.0), [stop[channel] for stop in stops])
+    heat: NDArray[np.floating] = np.interp(
+        share, (0.0, 0.5, 1.0), [stop[channel] for stop in stops]
+    )
     return heat
 
 
