@@ -34,8 +34,12 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 processor = AutoProcessor.from_pretrained("examples/shapes/teacher")
 model = LlavaForConditionalGeneration.from_pretrained("examples/shapes/teacher")
-inputs = processor(images=image, text="<image>what is just above the red circle?", return_tensors="pt")
-processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+inputs = processor(
+    images=image, text="<image>what is just above the red circle?", return_tensors="pt"
+)
+processor.decode(
+    model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+)
 ```
 
 ## How it was made
