@@ -191,13 +191,14 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _multiply(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * ctx.inputs
+        return (None,) * int(ctx.inputs)
     scaled = torch.ops.fastalign.scale_gradients(*ctx.saved_tensors, grad)
     q, k, mix = (
         x if ctx.needs_input_grad[i] else None for x, i in zip(scaled, (0, 1, 6), strict=True)
     )
-    nothing: tuple[None, ...] = (None,) * (ctx.inputs - 7)
-    return (q, k, None, None, None, None, mix, *nothing)
+    gradients: list[Any] = [None] * ctx.inputs
+    gradients[0], gradients[1], gradients[6] = q, k, mix
+    return tuple(gradients)
 
 
 @torch.library.impl("fastalign::scale_gradients", "default")
