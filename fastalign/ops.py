@@ -196,7 +196,6 @@ def _multiply(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     q, k, mix = (
         x if ctx.needs_input_grad[i] else None for x, i in zip(scaled, (0, 1, 6), strict=True)
     )
-    gradients: list[Any] = [None] * ctx.inputs
     gradients[0], gradients[1], gradients[6] = q, k, mix
     return tuple(gradients)
 
