@@ -47,7 +47,7 @@ def tapped_head(role: str, model: Any, *, headless: bool) -> Iterator[HeadTap]:
     head: Any = model.get_output_embeddings()
     tap = HeadTap(role, head)
     if headless and (type(head) is not nn.Linear or head.bias is not None):
-        what = "a bias" if type(head) is nn.Linear else f"the type {type(head).__name__}"
+        what = "a bias" if isinstance(head, nn.Linear) else f"the type {type(head).__name__}"
         raise ValueError(
             f"fused_head is True and the {role}'s output head has {what}; allowed: "
             "fused_head=False, or a plain linear head without bias"

@@ -227,6 +227,20 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
                 output_dir=str(run), save_total_limit=self.args.save_total_limit, use_mtime=False
             )
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The Trainer loads the file's names as they are, without strictness; save_pretrained renames some.
+
+        (A LLaVA saved as ``language_model.model.*`` would go on with its initial weights, warned of only
+        in the log.) from_pretrained renames back, and the copy is strict.
+        """
+        target = self.model if model is None else model
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(target, "peft_config"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        dtype = next(target.parameters()).dtype
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=dtype)
+        target.load_state_dict(saved.state_dict(), strict=True)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         # A pickle that nothing here reads; the recipe says the same in plain text.
