@@ -196,8 +196,8 @@ def _multiply(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     q, k, mix = (
         x if ctx.needs_input_grad[i] else None for x, i in zip(scaled, (0, 1, 6), strict=True)
     )
-    gradients[0], gradients[1], gradients[6] = q, k, mix
-    return tuple(gradients)
+    nothing: tuple[None, ...] = (None,) * (int(ctx.inputs) - 7)
+    return (q, k, None, None, None, None, mix, *nothing)
 
 
 @torch.library.impl("fastalign::scale_gradients", "default")
