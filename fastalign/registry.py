@@ -19,11 +19,19 @@ from .problem import Problem
 logger = logging.getLogger("fastalign")
 
 #: ``reference`` is ``maths.align_loss`` itself and needs no operator.
-MODULES = {"tiled": "fastalign.backends.tiled", "cpu": "fastalign.backends.cpu"}
+MODULES = {
+    "tiled": "fastalign.backends.tiled",
+    "cpu": "fastalign.backends.cpu",
+    "triton": "fastalign.backends.triton",
+}
 NAMES = ("auto", "reference", *MODULES)
 
 #: What ``auto`` tries on a kind of device, in this order; the last can do everything.
-PREFERENCES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}
+PREFERENCES: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu",),
+    "cuda": ("triton",),
+    "xpu": ("triton",),
+}
 EVERYWHERE = ("tiled",)
 
 

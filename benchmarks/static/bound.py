@@ -1,0 +1,219 @@
+"""A bound from machine code: instructions per pipe over the pipe's rate, loop by loop.
+
+For every innermost loop that holds matrix products the instructions of one pass are counted by the pipe
+that executes them; the pipe that needs the most clocks bounds the loop. What lies between those loops
+is counted the same way and spread over the work between. Latency, dependencies and memory are left out:
+this is a bound on the time, never the time. Shared-memory traffic is reported beside it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from .compiling import Compiled
+
+#: Lanes per clock and multiprocessor; an instruction of a warp has 32.
+_SPECIAL, _INTEGER, _ISSUE = 16, 64, 128
+_FLOAT = {"sm_80": 64}  # GA100 has 64 FP32 lanes, later ones 128
+_FLOP_PER_CLOCK = {
+    "sm_80": 2048,
+    "sm_86": 1024,
+    "sm_89": 1024,
+    "sm_90": 4096,
+    "sm_100": 8192,
+    "sm_120": 1024,
+    "gfx942": 2048,
+    "gfx950": 4096,
+}
+_LINE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d\s+)?([A-Z][A-Za-z0-9_.]*)(.*)$")
+_LABEL = re.compile(r"^(\.L_x_\d+):")
+_JUMP = re.compile(r"`\((\.L_x_\d+)\)")
+_FLOATS = re.compile(r"^(?:FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2|FSWZADD)")
+_MULTIPLY = re.compile(r"^IMAD")
+_ALU = re.compile(
+    r"^(?:IADD|LOP|ISETP|FSETP|FSEL|SEL|FMNMX|FMN|IMNMX|VIMNMX|SHF|PRMT|LEA|F2FP|PLOP|MOV|IABS|FCHK|I2FP|"
+    r"ISCADD|VIADD|FADD3|BMSK|SGXT|R2P|P2R|LEPC|POPC)"
+)
+_XU = re.compile(r"^(?:MUFU|F2F|F2I|I2F|BREV|FLO)")
+_SHARED = re.compile(r"^(LDSM|LDS|STS|STSM|LDGSTS)")
+
+
+def tensor_flops(opcode: str) -> float | None:
+    """FLOP of one instruction of one warp (HGMMA: a warp's quarter); None if its name does not say."""
+    if opcode.startswith("HMMA"):
+        k = {"16816": 16, "1688": 8, "16832": 32}[re.search(r"HMMA\.(\d+)", opcode).group(1)]  # type: ignore[union-attr]
+        return 2.0 * 16 * 8 * k
+    shape = re.search(r"GMMA\.64x(\d+)x(\d+)", opcode)
+    if shape:
+        return 2.0 * 64 * int(shape.group(1)) * int(shape.group(2)) / 4
+    return None
+
+
+@dataclass
+class Work:
+    """Clocks per pipe of a stretch of code, for all warps of a program."""
+
+    clocks: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    shared_bytes: float = 0.0
+    tensor: int = 0  # matrix instructions
+    ex2: int = 0
+
+    def bound(self) -> float:
+        """Clocks of the pipe that needs the most."""
+        return max(self.clocks.values(), default=0.0)
+
+    def limiter(self) -> str:
+        """That pipe."""
+        return max(self.clocks, key=self.clocks.__getitem__) if self.clocks else "none"
+
+    def add(self, other: Work, times: float) -> None:
+        """Add ``times`` passes of other."""
+        for pipe, clocks in other.clocks.items():
+            self.clocks[pipe] += clocks * times
+        self.shared_bytes += other.shared_bytes * times
+        self.tensor += round(other.tensor * times)
+        self.ex2 += round(other.ex2 * times)
+
+
+def _parse(code: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    instructions: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if found := _LABEL.match(line.strip()):
+            labels[found.group(1)] = len(instructions)
+        elif found := _LINE.match(line):
+            instructions.append((found.group(1), found.group(2)))
+    return instructions, labels
+
+
+def loops_of(code: str, tensor: str) -> tuple[list[range], range, list[tuple[str, str]]]:
+    """(innermost loops that hold matrix products, the loop around all of them, all instructions).
+
+    Where no loop surrounds them, the second is the whole program.
+    """
+    instructions, labels = _parse(code)
+    loops = set()
+    for place, (opcode, rest) in enumerate(instructions):
+        jump = _JUMP.search(rest)
+        if opcode.startswith("BRA") and jump and labels.get(jump.group(1), place + 1) <= place:
+            body = range(labels[jump.group(1)], place + 1)
+            if any(re.match(tensor, instructions[i][0]) for i in body) and len(body) > 8:
+                loops.add(body)
+    # by size: what overlaps a smaller loop by more than half of it goes around it (a rotated loop
+    # need not contain it)
+    inner: list[range] = []
+    outer: list[range] = []
+    for loop in sorted(loops, key=len):
+        around = any(
+            2 * len(range(max(loop.start, b.start), min(loop.stop, b.stop))) > len(b) for b in inner
+        )
+        (outer if around else inner).append(loop)
+    inner.sort(key=lambda r: r.start)
+    whole = range(len(instructions))
+    for loop in outer:
+        joined = range(
+            min([loop.start, *(b.start for b in inner)]), max([loop.stop, *(b.stop for b in inner)])
+        )
+        if all(min(loop.stop, b.stop) > max(loop.start, b.start) for b in inner):
+            return inner, joined, instructions
+    return inner, whole, instructions
+
+
+def work_of(
+    compiled: Compiled, instructions: list[tuple[str, str]], flops_each: float = 0.0
+) -> Work:
+    """Clocks per pipe of a stretch of instructions; flops_each: of a tcgen05 product."""
+    work = Work()
+    name, warps = compiled.target.name, compiled.warps
+    lanes = 32 * warps
+    for opcode, _ in instructions:
+        work.clocks["issue"] += lanes / _ISSUE
+        if re.match(compiled.target.tensor_core, opcode):
+            work.tensor += 1
+            flops = tensor_flops(opcode)
+            # every warp executes an HMMA or HGMMA line, one thread of the program a tcgen05 line
+            total = flops_each if flops is None else flops * warps
+            work.clocks["tensor"] += total / _FLOP_PER_CLOCK[name]
+        elif _XU.match(opcode):
+            work.ex2 += opcode.startswith("MUFU.EX2")
+            work.clocks["special"] += lanes / _SPECIAL
+        elif _FLOATS.match(opcode):
+            work.clocks["float"] += lanes / _FLOAT.get(name, 128)
+        elif _MULTIPLY.match(opcode):
+            work.clocks["float"] += lanes / 64
+        elif _ALU.match(opcode):
+            work.clocks["integer"] += lanes / _INTEGER
+        elif _SHARED.match(opcode):
+            wide = re.search(r"\.(128|64)\b", opcode)
+            size = int(wide.group(1)) // 8 if wide else 4
+            if opcode.startswith("LDSM"):
+                found = re.search(r"\.M[0-9T]*\.([124])\b|\.([124])$", opcode)
+                size = 4 * int(found.group(1) or found.group(2)) if found else 4
+            work.shared_bytes += lanes * size
+    return work
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one launch has to do, for the parts that code alone does not tell.
+
+    Attributes:
+        products: matrix products [rows, keys] x depth that a pass of the surrounding code makes (tiles
+            of a sweep, or heads of a tile), and ``flops``, of one of them.
+        elements: score elements that these are about. flops_floor, exps_floor: what the mathematics
+            needs per element.
+    """
+
+    products: int
+    flops: float
+    elements: float
+    flops_floor: float
+    exps_floor: float
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Clocks per element: all code, the inner loops alone, and the floor; what limits the inner loops."""
+
+    clocks: float
+    inner: float
+    floor: float
+    limiter: str
+    shared_clocks: float
+
+    @property
+    def ratio(self) -> float:
+        """Bound over floor."""
+        return self.clocks / self.floor
+
+
+def bound_of(compiled: Compiled, job: Job) -> Bound:
+    """The static bound of a launch."""
+    target = compiled.target
+    inner, around, instructions = loops_of(compiled.code, target.tensor_core)
+    if not inner:
+        raise ValueError("no loop with matrix products")
+    inside = {i for loop in inner for i in loop}
+    rest = [instructions[i] for i in around if i not in inside]
+    lines = [[instructions[i] for i in loop] for loop in inner]
+    count = sum(bool(re.match(target.tensor_core, op)) for part in lines for op, _ in part)
+    # tcgen05 names no shape: a loop's products share what one pass of it computes
+    each = job.flops * len(inner) / count
+    works = [work_of(compiled, part, each) for part in lines]
+    overhead = work_of(compiled, rest, each)
+    rate = _FLOP_PER_CLOCK[target.name]
+    # products peeled off the loops by pipelining are in the rest; the loops make the others
+    todo = max(job.products * job.flops / rate - overhead.clocks["tensor"], 0.0)
+    total = Work()
+    for work in works:
+        total.add(work, todo / len(works) / work.clocks["tensor"])
+    clocks = total.bound() + overhead.bound()
+    return Bound(
+        clocks=clocks / job.elements,
+        inner=total.bound() / (todo * rate / (job.products * job.flops) * job.elements),
+        floor=max(job.flops_floor / rate, job.exps_floor / _SPECIAL),
+        limiter=total.limiter(),
+        shared_clocks=(total.shared_bytes + overhead.shared_bytes) / 128 / job.elements,
+    )

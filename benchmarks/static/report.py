@@ -1,0 +1,223 @@
+"""Rows of the static report, and the gates that they must pass."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from fastalign.kernels.configs import Tile
+
+from fastalign.spec import AlignSpec
+
+from .bound import Bound, bound_of
+from .compiling import TARGETS, Compiled, Target, compile_launch
+from .flash import _flash
+from .jobs import WORK, job_of
+from .record import LENGTH, Case, Launch, record
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HEAD_DIMS = (64, 80, 96, 128, 256)
+#: Objectives whose launches together are every kernel.
+OBJECTIVES = {
+    "head mean": AlignSpec(),
+    "pooled": AlignSpec(compare="pooled"),
+    "head kl": AlignSpec(heads="each", divergence="kl", compare="row"),
+}
+#: Objectives with other compile-time branches of the same kernels (``--variants``).
+VARIANTS = {
+    "head mean, in logs": AlignSpec(divergence="js", compare="row"),
+    "renormalised": AlignSpec(normalize="visual", divergence="kl", compare="row"),
+    "scores": AlignSpec(normalize="none", divergence="mse"),
+}
+#: Launches without a matrix product: counting, and the gradient of vectors pooled from maps that are not
+#: in logs, which does not depend on the maps (the compiler drops their products).
+NO_PRODUCTS = {("row_sums", "head mean"), ("map_gradient", "pooled")}
+#: ratio of the sum of bounds to the sum of floors, head_dim 128, bf16, on these targets
+LIMITS = {("statistics",): 1.25, ("dq", "dk"): 1.6}
+LIMITED_TARGETS = ("sm_80", "sm_90", "sm_100")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel; the fields of the JSON report.
+
+    Attributes:
+        registers: per thread. clocks_per_element, floor, ratio: the static bound of all code of a tile
+            (inner loops and what lies between), per score element; None where there is none (AMD,
+            kernels without products). inner: of the inner loops alone. limiter: the pipe that bounds
+            them. smem_clocks: the shared-memory pipe's clocks, which the bound leaves out.
+        bytes_per_element: q and k that a program reads, per score element: what L2 must deliver.
+    """
+
+    kernel: str
+    target: str
+    dtype: str
+    head_dim: int
+    config: str
+    objective: str
+    registers: int
+    stack_bytes: int
+    spills: int
+    smem_bytes: int
+    smem_limit: int
+    tensor_core_ops: int
+    ex2: int
+    atomics: int
+    clocks_per_element: float | None
+    inner: float | None
+    floor: float | None
+    ratio: float | None
+    limiter: str | None
+    smem_clocks: float | None
+    bytes_per_element: float | None
+    problems: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return asdict(self)
+
+
+def launches(
+    target: str, head_dim: int, dtype: str, variants: bool
+) -> Iterator[tuple[str, Launch]]:
+    """(objective, launch) of every distinct launch of every objective on a target."""
+    seen = set()
+    for objective, spec in {**OBJECTIVES, **(VARIANTS if variants else {})}.items():
+        heads_t = 16 if spec.heads == "each" else 20
+        case = Case(head_dim, DTYPES[dtype], 16, heads_t, 4, spec)
+        for launch in record(case, target):
+            constants = tuple(
+                (p.name, launch.arguments[p.name]) for p in launch.kernel.params if p.is_constexpr
+            )
+            key = (launch.name, constants)
+            if key not in seen:
+                seen.add(key)
+                yield objective, launch
+    yield "yardstick", flash_launch(head_dim, DTYPES[dtype])
+
+
+def flash_launch(head_dim: int, dtype: torch.dtype) -> Launch:
+    """A launch of the yardstick kernel, padded to the same tile as our dq."""
+    size = 1 << (head_dim - 1).bit_length()
+    x = torch.zeros(16, LENGTH // 64 * 64, size, dtype=dtype)
+    tile = Tile(64, 64, 4, 2, "as the smallest of the tutorial's")
+    arguments = {"p_q": x, "p_k": x, "p_v": x, "p_out": x, "factor": 0.1}
+    sizes = {"rows": x.shape[1], "keys": x.shape[1], "BR": 64, "BC": 64, "BDS": size, "DS": size}
+    return Launch(_flash, {**arguments, **sizes}, tile)
+
+
+def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype: str) -> Row:
+    """Compile a launch and say what came out."""
+    compiled = compile_launch(launch, target)
+    bound = _bound(launch, compiled)
+    tile = launch.tile
+    name = launch.name
+    if "INSIDE" in launch.arguments:
+        name += "" if launch.arguments["INSIDE"] else " (other keys)"
+    products = len(re.findall(rf"\b(?:{target.tensor_core})\S*", compiled.code))
+    ex2 = r"MUFU\.EX2" if target.backend == "cuda" else r"v_exp_f32"
+    atomic = r"\b(?:RED|ATOM[SG]?)\b" if target.backend == "cuda" else r"\b\w+_atomic_\w+"
+    row = Row(
+        kernel=name,
+        target=target.name,
+        dtype=dtype,
+        head_dim=head_dim,
+        config=f"{tile.rows}x{tile.keys}, {tile.warps} warps, {tile.stages} stages",
+        objective=objective,
+        registers=compiled.registers,
+        stack_bytes=compiled.stack_bytes,
+        spills=compiled.spills,
+        smem_bytes=compiled.smem_bytes,
+        smem_limit=target.smem_limit,
+        tensor_core_ops=products,
+        ex2=len(re.findall(ex2, compiled.code)),
+        atomics=len(re.findall(atomic, compiled.code)),
+        clocks_per_element=None if bound is None else round(bound.clocks, 5),
+        inner=None if bound is None else round(bound.inner, 5),
+        floor=None if bound is None else round(bound.floor, 5),
+        ratio=None if bound is None else round(bound.ratio, 3),
+        limiter=None if bound is None else bound.limiter,
+        smem_clocks=None if bound is None else round(bound.shared_clocks, 5),
+        bytes_per_element=_bytes(launch),
+        problems=(),
+    )
+    return Row(**{**row.to_dict(), "problems": tuple(_problems(row, compiled))})
+
+
+def _bound(launch: Launch, compiled: Compiled) -> Bound | None:
+    if compiled.target.backend != "cuda" or launch.name not in WORK:
+        return None
+    try:
+        return bound_of(compiled, job_of(launch))
+    except ValueError:
+        return None
+
+
+def _bytes(launch: Launch) -> float | None:
+    """q and k loaded per score element; a stationary operand counts nothing."""
+    a = launch.arguments
+    if launch.name not in WORK or launch.name == "flash":
+        return None
+    size = int(a["p_qs"].element_size() * a["DS"])
+    rows, keys = int(a["BR"]), int(a["BC"])
+    if launch.name in ("statistics", "map_gradient", "pooled_sums"):
+        return 2 * size * (rows + keys) / (rows * keys)  # both sides, both operands of every head
+    sides = 2 if launch.name == "head_kl" else 1
+    return sides * size / (keys if launch.name == "dk" else rows)
+
+
+def _problems(row: Row, compiled: Compiled) -> Iterator[str]:
+    """What keeps a compiled kernel from being shipped."""
+    if row.kernel == "flash":
+        return  # the yardstick, not ours
+    if row.stack_bytes or row.spills:
+        yield f"{row.stack_bytes} bytes of stack, {row.spills} spills"
+    if row.smem_bytes > row.smem_limit:
+        yield f"{row.smem_bytes} bytes of shared memory, limit {row.smem_limit}"
+    if compiled.target.backend == "cuda":
+        # the file is handed out in units of 8 registers a thread
+        used = -(-row.registers // 8) * 8 * 32 * compiled.warps
+        if used > compiled.target.registers:
+            yield f"{used} registers, limit {compiled.target.registers}"
+    if row.atomics:
+        yield f"{row.atomics} atomics"
+    if not row.tensor_core_ops and (row.kernel, row.objective) not in NO_PRODUCTS:
+        yield f"no {compiled.target.tensor_core}"
+
+
+def failures(rows: Iterable[Row]) -> list[str]:
+    """Every gate that is not met, in words."""
+    rows = list(rows)
+    out = [
+        f"{r.kernel} ({r.objective}), {r.target}, {r.dtype}, head_dim {r.head_dim}, {r.config}: {p}"
+        for r in rows
+        for p in r.problems
+    ]
+    for target in LIMITED_TARGETS:
+        for kernels, limit in LIMITS.items():
+            chosen = [
+                r
+                for r in rows
+                if (r.target, r.dtype, r.head_dim) == (target, "bf16", 128)
+                and r.kernel in kernels
+                and r.objective == "head mean"
+            ]
+            if not chosen:
+                continue
+            clocks = [r.clocks_per_element for r in chosen]
+            floors = [r.floor for r in chosen]
+            if None in clocks or None in floors:
+                out.append(f"{' + '.join(kernels)}, {target}: no bound")
+                continue
+            ratio = sum(c for c in clocks if c) / sum(f for f in floors if f)
+            if ratio > limit:
+                out.append(
+                    f"{' + '.join(kernels)}, {target}: {ratio:.2f} x the floor, limit {limit}"
+                )
+    return out
+
+
+__all__ = ["DTYPES", "HEAD_DIMS", "TARGETS", "Row", "failures", "launches", "row_of"]

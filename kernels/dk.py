@@ -1,0 +1,148 @@
+"""dk of one key head: dk[j] = (scale / temperature) sum over its heads and rows of dS_h[i, j] q_h[i].
+
+Transposed: a program owns a block of keys, goes through the heads that share them and down the rows
+that can see them, and writes once. No two programs add to one number, so there are no atomics and the
+result is the same bits every time. One launch for the compared columns, one for the other keys, which
+only get -P delta. With more than one chunk of rows the next launch continues from what the last wrote.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dq import HeadTensors
+from .launch import Call, Side, blocks_of, launch
+from .lists import KeyList
+from .map_gradient import Workspace
+from .primitives import load_tile, score_gradient, slot, tile_offsets, visible, workspace_offsets
+
+
+@triton.jit
+def _dk(
+    p_qs, p_ks, p_lse, p_fold, p_delta, p_g, p_x, p_out, p_rows, p_keys,
+    sqb_s, sqh_s, sqr_s, skb_s, skh_s, skl_s, heads_s, REPEAT_S: tl.constexpr, factor_s, cap_s,
+    rows, row_length, key_length, length, window, row_start, row_end, pitch, space, slope,
+    BR: tl.constexpr, BC: tl.constexpr, DS: tl.constexpr, BDS: tl.constexpr, CAP_S: tl.constexpr,
+    EACH: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr, INSIDE: tl.constexpr,
+    ADD: tl.constexpr,
+    INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_c, i_k, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    p_rows += i_b * 11 * row_length
+    p_keys += i_b * 5 * key_length
+    p_ks += i_b * skb_s + i_k * skh_s
+    p_qs += i_b * sqb_s
+
+    o_c = i_c * BC + tl.arange(0, BC)  # [BC]
+    o_d = tl.arange(0, BDS)  # [BD]
+    b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
+    b_sj = slot(p_keys, o_c, key_length, 1, -1)  # [BC]
+    b_bj = slot(p_keys, o_c, key_length, 2, -1)  # [BC]
+    # rows of this chunk that can see each key: what the loop covers, and with INTERVAL the mask
+    b_lo = tl.maximum(slot(p_keys, o_c, key_length, 3, row_length), row_start)  # [BC]
+    b_hi = tl.minimum(slot(p_keys, o_c, key_length, 4, 0), row_end)  # [BC]
+    i_lo = (tl.min(b_lo) - row_start) // BR
+    i_hi = tl.cdiv(tl.maximum(tl.max(b_hi) - row_start, 0), BR)
+    b_k = load_tile(p_ks, tile_offsets(b_j, skl_s, o_d, WIDE), o_d, DS, BDS, UPCAST)  # [BC, BD]
+
+    b_acc = tl.zeros([BC, BDS], tl.float32)
+    for i_share in range(0, REPEAT_S):
+        i_h = i_k * REPEAT_S + i_share
+        o_bh = i_b * heads_s + i_h
+        i_g = o_bh if EACH else i_b
+        for i_r in range(i_lo, i_hi):
+            o_r = row_start + i_r * BR + tl.arange(0, BR)  # [BR]
+            b_row = slot(p_rows, o_r, row_length, 0, 0)  # [BR]
+            o_q = tile_offsets(b_row, sqr_s, o_d, WIDE)  # [BR, BD]
+            b_q = load_tile(p_qs + i_h * sqh_s, o_q, o_d, DS, BDS, UPCAST)
+            if INTERVAL:
+                b_see = (o_r[:, None] >= b_lo[None, :]) & (o_r[:, None] < b_hi[None, :])
+            else:
+                b_i = slot(p_rows, o_r, row_length, 1, -1)  # [BR]
+                b_si = slot(p_rows, o_r, row_length, 2, -2)  # [BR]
+                b_bi = slot(p_rows, o_r, row_length, 3, -1)  # [BR]
+                b_see = visible(
+                    b_i[:, None], b_si[:, None], b_bi[:, None],
+                    b_j[None, :], b_sj[None, :], b_bj[None, :],
+                    window, CAUSAL, WINDOW, BLOCKS,
+                )  # fmt: skip
+                b_see = b_see & (o_r < row_end)[:, None]  # [BR, BC]
+            b_dot = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
+            b_g = b_dot
+            b_x = b_dot
+            if INSIDE:
+                o_w = workspace_offsets((o_r - row_start)[:, None], o_c[None, :], pitch)  # [BR, BC]
+                b_g = tl.load(p_g + i_g * space + o_w)
+                if LOGS:
+                    b_x = tl.load(p_x + i_g * space + o_w)
+            b_l = tl.zeros([BR], tl.float32)
+            b_fold = b_l
+            b_delta = b_l
+            if not SCORES:
+                b_fold = tl.load(p_fold + o_bh * rows + b_row)  # [BR]
+                b_delta = tl.load(p_delta + o_bh * rows + b_row)  # [BR]
+                if LOGS:
+                    b_l = tl.load(p_lse + o_bh * rows + b_row)  # [BR]
+            b_ds = score_gradient(
+                b_dot, b_g, b_x, b_l[:, None], b_fold[:, None], b_delta[:, None], b_see,
+                factor_s, cap_s, INSIDE, LOGS, SCORES, CAP_S,
+            )  # fmt: skip
+            b_ds = tl.trans(b_ds.to(b_q.dtype))  # [BC, BR]
+            b_acc += tl.dot(b_ds, b_q, input_precision=PRECISION)  # [BC, BD]
+
+    i_kv = i_b * (heads_s // REPEAT_S) + i_k
+    o_out = (i_kv * length + b_j)[:, None] * DS + o_d[None, :]  # [BC, BD]
+    m_out = (b_sj >= 0)[:, None] & (o_d < DS)[None, :]
+    b_acc *= tl.load(slope)
+    if ADD:
+        b_acc += tl.load(p_out + o_out, mask=m_out, other=0.0)
+    tl.store(p_out + o_out, b_acc.to(p_out.dtype.element_ty), mask=m_out)
+
+
+def dk(
+    call: Call, side: Side, heads: HeadTensors, space: Workspace, out: Tensor, add: bool
+) -> None:
+    """Write (or add) the workspace's rows' share of dk to out [B, K, L, D], contiguous.
+
+    Args:
+        add: continue from what is in ``out`` (fp32 then); keys on no list are never written.
+    """
+    lists: list[KeyList] = [call.lists.compared]
+    if heads.others:
+        lists.append(call.lists.others)
+    for keys in lists:
+        tile = call.tile("dk_logs" if call.logs else "dk", side.size)
+        launch(
+            _dk,
+            (blocks_of(keys.count, tile.keys), side.heads // side.repeat, call.batch),
+            {
+                **side.arguments("s"),
+                **side.constants("s"),
+                **call.masks(keys),
+                **call.mask_constants(),
+                "p_lse": heads.lse,
+                "p_fold": heads.fold,
+                "p_delta": heads.delta,
+                "slope": heads.slope,
+                "p_g": space.g,
+                "p_x": space.x,
+                "p_out": out,
+                "rows": call.rows,
+                "length": side.k.shape[2],
+                "row_start": space.start,
+                "row_end": space.end,
+                "pitch": space.pitch,
+                "space": space.size,
+                "EACH": heads.each,
+                "LOGS": call.logs,
+                "SCORES": call.scores,
+                "INSIDE": keys is call.lists.compared,
+                "ADD": add,
+                "BR": tile.rows,
+                "BC": tile.keys,
+            },
+            tile,
+        )

@@ -1,0 +1,169 @@
+"""dq of one head: dq_h[i] = (scale / temperature) sum_j dS_h[i, j] k[j].
+
+dS follows from the head's recomputed scores, the workspace and delta (``primitives.score_gradient``).
+With a softmax over all keys, those outside V get -P delta; they form a list of their own and the
+program visits it second, without touching the workspace. The rows of the block stay in registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Call, Side, blocks_of, launch
+from .map_gradient import Workspace
+from .primitives import load_tile, score_gradient, seen_keys, slot, tile_offsets, workspace_offsets
+
+
+@triton.jit
+def _sweep(
+    b_acc, b_q, p_ks, p_g, p_x, p_rows, p_keys, o_r, o_g, o_d, b_i, b_si, b_bi, b_here,
+    b_l, b_fold, b_delta, skl, row_length, key_length, window, pitch, factor, cap,
+    LO: tl.constexpr, INSIDE: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    CAP: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr,
+    INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """b_acc [BR, BD] plus dS k over one list of keys."""
+    b_lo = slot(p_rows, o_r, row_length, LO, key_length)  # [BR]
+    b_hi = slot(p_rows, o_r, row_length, LO + 1, 0)  # [BR]
+    i_lo = tl.min(b_lo) // BC
+    i_hi = tl.cdiv(tl.max(b_hi), BC)
+    for i_c in range(i_lo, i_hi):
+        o_c = i_c * BC + tl.arange(0, BC)  # [BC]
+        b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
+        b_k = load_tile(p_ks, tile_offsets(b_j, skl, o_d, WIDE), o_d, D, BD, UPCAST)  # [BC, BD]
+        b_see = seen_keys(
+            p_keys, o_c, b_j, b_lo, b_hi, b_i, b_si, b_bi, key_length, window,
+            INTERVAL, CAUSAL, WINDOW, BLOCKS,
+        )  # fmt: skip
+        b_dot = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
+        b_g = b_dot
+        b_x = b_dot
+        if INSIDE:
+            o_w = workspace_offsets(o_g[:, None], o_c[None, :], pitch)  # [BR, BC]
+            b_g = tl.load(p_g + o_w)
+            if LOGS:
+                b_x = tl.load(p_x + o_w)
+        b_ds = score_gradient(
+            b_dot, b_g, b_x, b_l[:, None], b_fold[:, None], b_delta[:, None], b_see,
+            factor, cap, INSIDE, LOGS, SCORES, CAP,
+        )  # fmt: skip
+        b_acc += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PRECISION)  # [BR, BD]
+    return b_acc
+
+
+@triton.jit
+def _dq(
+    p_qs, p_ks, p_lse, p_fold, p_delta, p_g, p_x, p_out, p_rows, p_keys, p_others,
+    sqb_s, sqh_s, sqr_s, skb_s, skh_s, skl_s, heads_s, REPEAT_S: tl.constexpr, factor_s, cap_s,
+    rows, groups, row_length, key_length, window, row_start, row_end, pitch, space, slope,
+    BR: tl.constexpr, BC: tl.constexpr, DS: tl.constexpr, BDS: tl.constexpr, CAP_S: tl.constexpr,
+    EACH: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr, OTHERS: tl.constexpr,
+    INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_r, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    p_rows += i_b * 11 * row_length
+    p_keys += i_b * 5 * key_length
+    p_qs += i_b * sqb_s + i_h * sqh_s
+    p_ks += i_b * skb_s + (i_h // REPEAT_S) * skh_s
+    o_bh = i_b * heads_s + i_h
+
+    o_r = row_start + i_r * BR + tl.arange(0, BR)  # [BR]
+    o_d = tl.arange(0, BDS)  # [BD]
+    b_row = slot(p_rows, o_r, row_length, 0, 0)  # [BR]
+    b_i = slot(p_rows, o_r, row_length, 1, -1)  # [BR]
+    b_si = slot(p_rows, o_r, row_length, 2, -2)  # [BR]
+    b_bi = slot(p_rows, o_r, row_length, 3, -1)  # [BR]
+    b_here = (o_r < row_end) & (b_i >= 0)  # [BR]
+    i_g = o_bh if EACH else i_b
+    o_g = o_r - row_start  # [BR]
+    p_g += i_g * space
+    if LOGS:
+        p_x += i_g * space
+    b_q = load_tile(p_qs, tile_offsets(b_row, sqr_s, o_d, WIDE), o_d, DS, BDS, UPCAST)  # [BR, BD]
+    b_l = tl.zeros([BR], tl.float32)
+    b_fold = b_l
+    b_delta = b_l
+    if not SCORES:
+        b_fold = tl.load(p_fold + o_bh * rows + b_row)
+        b_delta = tl.load(p_delta + o_bh * rows + b_row)
+        if LOGS:
+            b_l = tl.load(p_lse + o_bh * rows + b_row)
+
+    b_acc = tl.zeros([BR, BDS], tl.float32)
+    b_acc = _sweep(
+        b_acc, b_q, p_ks, p_g, p_x, p_rows, p_keys, o_r, o_g, o_d, b_i, b_si, b_bi, b_here,
+        b_l, b_fold, b_delta, skl_s, row_length, key_length, window, pitch, factor_s, cap_s,
+        6, True, BC, DS, BDS, CAP_S, LOGS, SCORES, INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE,
+        UPCAST, PRECISION,
+    )  # fmt: skip
+    if OTHERS:
+        b_acc = _sweep(
+            b_acc, b_q, p_ks, p_g, p_x, p_rows, p_others + i_b * 5 * key_length, o_r, o_g, o_d,
+            b_i, b_si, b_bi, b_here,
+            b_l, b_fold, b_delta, skl_s, row_length, key_length, window, pitch, factor_s, cap_s,
+            8, False, BC, DS, BDS, CAP_S, LOGS, SCORES, INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE,
+            UPCAST, PRECISION,
+        )  # fmt: skip
+    o_out = (o_bh * rows + b_row)[:, None] * DS + o_d[None, :]  # [BR, BD]
+    b_out = (b_acc * tl.load(slope)).to(p_out.dtype.element_ty)
+    tl.store(p_out + o_out, b_out, mask=b_here[:, None] & (o_d < DS)[None, :])
+
+
+@dataclass(frozen=True)
+class HeadTensors:
+    """What turns a head's scores into their gradient.
+
+    Attributes:
+        lse: [B, H, R] log2-sum-exp of the softmax. fold: the same with shares and normalisation in it.
+        delta: [B, H, R] fp32. slope: fp32 scalar tensor, from dL/dS to dL/d(q.k).
+        each: the workspace has one map a head. others: keys outside V have a gradient.
+    """
+
+    lse: Tensor
+    fold: Tensor
+    delta: Tensor
+    slope: Tensor
+    each: bool
+    others: bool
+
+
+def dq(call: Call, side: Side, heads: HeadTensors, space: Workspace, out: Tensor) -> None:
+    """Write dq of the workspace's rows into out [B, H, R, D], contiguous, zero elsewhere."""
+    tile = call.tile("dq", side.size)
+    launch(
+        _dq,
+        (blocks_of(space.end - space.start, tile.rows), side.heads, call.batch),
+        {
+            **side.arguments("s"),
+            **side.constants("s"),
+            **call.masks(call.lists.compared),
+            **call.mask_constants(),
+            "p_others": call.lists.others.entries,
+            "p_lse": heads.lse,
+            "p_fold": heads.fold,
+            "p_delta": heads.delta,
+            "slope": heads.slope,
+            "p_g": space.g,
+            "p_x": space.x,
+            "p_out": out,
+            "rows": call.rows,
+            "groups": call.groups,
+            "row_start": space.start,
+            "row_end": space.end,
+            "pitch": space.pitch,
+            "space": space.size,
+            "EACH": heads.each,
+            "LOGS": call.logs,
+            "SCORES": call.scores,
+            "OTHERS": heads.others,
+            "BR": tile.rows,
+            "BC": tile.keys,
+        },
+        tile,
+    )

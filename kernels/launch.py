@@ -1,0 +1,194 @@
+"""What every launch shares: the two sides, the objective as compile-time facts, and the launch itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .configs import Tile, tile_for
+from .lists import KeyList, Lists
+
+#: Called in place of a launch when set: ``benchmarks.static_report`` compiles what would have run.
+recorder: Callable[[Any, dict[str, Any], Tile], None] | None = None
+#: The architecture whose configurations are taken, when not the device's own.
+target_override: str | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's q and k as kernels take them.
+
+    Attributes:
+        q: [B, H, R, D]. k: [B, K, L, D]. Both with unit stride along D.
+        factor, cap: a score is dot * factor, or cap * tanh(dot * factor) if ``capped``; in log2, except
+            for maps of scores, which are in natural units.
+    """
+
+    q: Tensor
+    k: Tensor
+    factor: float
+    cap: float
+    capped: bool
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.q.shape[1]
+
+    @property
+    def repeat(self) -> int:
+        """Query heads per key head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def size(self) -> int:
+        """D."""
+        return self.q.shape[3]
+
+    def arguments(self, suffix: str) -> dict[str, Any]:
+        """The kernel arguments that describe this side; ``suffix`` is "s" or "t"."""
+        q, k = self.q, self.k
+        return {
+            f"p_q{suffix}": q,
+            f"p_k{suffix}": k,
+            f"sqb_{suffix}": q.stride(0),
+            f"sqh_{suffix}": q.stride(1),
+            f"sqr_{suffix}": q.stride(2),
+            f"skb_{suffix}": k.stride(0),
+            f"skh_{suffix}": k.stride(1),
+            f"skl_{suffix}": k.stride(2),
+            f"heads_{suffix}": self.heads,
+            f"REPEAT_{suffix.upper()}": self.repeat,
+            f"factor_{suffix}": self.factor,
+            f"cap_{suffix}": self.cap,
+        }
+
+    def constants(self, suffix: str) -> dict[str, Any]:
+        """The compile-time facts of this side."""
+        side = suffix.upper()
+        return {
+            f"D{side}": self.size,
+            f"BD{side}": padded_size(self.size),
+            f"CAP_{side}": self.capped,
+        }
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything of a call that is not one kernel's own.
+
+    Attributes:
+        lists: rows and keys. blocks, causal, window: visibility beyond segments.
+        heads: "mean", "each" or "mix". logs, scores: what the maps hold. divergence: its name.
+        groups: compared maps a sample. dtype: of q and k. rows: R, query rows of q.
+    """
+
+    lists: Lists
+    causal: bool
+    window: int
+    blocks: bool
+    heads: str
+    logs: bool
+    scores: bool
+    divergence: str
+    groups: int
+    batch: int
+    rows: int
+    dtype: torch.dtype
+    device: torch.device
+    wide: bool
+
+    def masks(self, keys: KeyList) -> dict[str, Any]:
+        """Arguments of the lists."""
+        return {
+            "p_rows": self.lists.rows,
+            "p_keys": keys.entries,
+            "row_length": self.lists.row_length,
+            "key_length": keys.length,
+            "window": self.window,
+        }
+
+    def mask_constants(self) -> dict[str, Any]:
+        """Compile-time facts of visibility and arithmetic."""
+        return {
+            "INTERVAL": self.lists.interval,
+            "CAUSAL": self.causal,
+            "WINDOW": self.window > 0,
+            "BLOCKS": self.blocks,
+            "WIDE": self.wide,
+            "UPCAST": upcast(self.dtype),
+            "PRECISION": precision(),
+        }
+
+    def tile(self, kernel: str, size: int) -> Tile:
+        """The configuration of a kernel for head size ``size``."""
+        return tile_for(kernel, architecture(self.device), size, self.dtype.itemsize)
+
+    def multiprocessors(self) -> int:
+        """How many programs run at once, about; what splitting few rows aims at."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).multi_processor_count
+        return 108 if recorder is not None else 4
+
+
+def interpreting() -> bool:
+    """Whether kernels run under the interpreter."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def upcast(dtype: torch.dtype) -> bool:
+    """The interpreter's bf16 arithmetic is wrong: there, and there only, tiles become fp32."""
+    return interpreting() and dtype == torch.bfloat16
+
+
+def precision() -> str:
+    """How fp32 products are taken: as torch takes its own matrix products."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def padded_size(size: int) -> int:
+    """The power of two that holds a head."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def architecture(device: torch.device) -> str:
+    """The name of the device's architecture in the configuration tables."""
+    if target_override is not None:
+        return target_override
+    if interpreting():
+        return "interpreter"
+    if device.type == "xpu":
+        return "xpu"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], tile: Tile) -> None:
+    """Run a kernel once (or hand it to the recorder)."""
+    if recorder is not None:
+        recorder(kernel, arguments, tile)
+        return
+    if 0 in grid:
+        return
+    kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+
+
+def blocks_of(count: int, size: int) -> int:
+    """How many tiles of ``size`` cover ``count``."""
+    return -(-count // size)
+
+
+def splits_for(programs: int, most: int, multiprocessors: int) -> int:
+    """Into how many parts the keys of a row block are cut when there are few row blocks.
+
+    Two waves of programs are aimed at; the parts are reduced in their order afterwards, so that the
+    result does not depend on which finishes first.
+    """
+    return max(1, min(most, 2 * multiprocessors // max(1, programs)))

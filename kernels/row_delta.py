@@ -1,0 +1,119 @@
+"""delta: the sum over the compared columns of P_h g, which the softmax's backward subtracts.
+
+    dS_h = X_h - P_h delta_h,    delta_h[i] = sum_{j in V} X_h[i, j]
+    X_h = P_h w_h g,  or in logs  X_h = E exp(log P_h + log w_h - log A)
+
+One program per row block and (head, map) pair; the learned mix needs every pair, since the gradient of
+mix[h, g] is the sum of P_h g_g over everything.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Call, Side, blocks_of, launch
+from .map_gradient import Workspace
+from .primitives import load_tile, log2_scores, seen_keys, slot, tile_offsets, workspace_offsets
+
+
+@triton.jit
+def _row_delta(
+    p_qs, p_ks, p_lse, p_g, p_x, p_delta, p_rows, p_keys,
+    sqb_s, sqh_s, sqr_s, skb_s, skh_s, skl_s, heads_s, REPEAT_S: tl.constexpr, factor_s, cap_s,
+    rows, groups, pairs, row_length, key_length, window, row_start, row_end, pitch, space,
+    BR: tl.constexpr, BC: tl.constexpr, DS: tl.constexpr, BDS: tl.constexpr, CAP_S: tl.constexpr,
+    HEADS: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr,
+    INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_r, i_pair, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_h = i_pair
+    i_g = 0
+    if HEADS == "each":
+        i_g = i_h
+    elif HEADS == "mix":
+        i_h = i_pair // groups
+        i_g = i_pair % groups
+    i_h = tl.cast(i_h, tl.int64)
+    p_rows += i_b * 11 * row_length
+    p_keys += i_b * 5 * key_length
+    p_qs += i_b * sqb_s + i_h * sqh_s
+    p_ks += i_b * skb_s + (i_h // REPEAT_S) * skh_s
+
+    o_r = row_start + i_r * BR + tl.arange(0, BR)  # [BR]
+    o_d = tl.arange(0, BDS)  # [BD]
+    b_row = slot(p_rows, o_r, row_length, 0, 0)  # [BR]
+    b_i = slot(p_rows, o_r, row_length, 1, -1)  # [BR]
+    b_si = slot(p_rows, o_r, row_length, 2, -2)  # [BR]
+    b_bi = slot(p_rows, o_r, row_length, 3, -1)  # [BR]
+    b_lo = slot(p_rows, o_r, row_length, 6, key_length)  # [BR]
+    b_hi = slot(p_rows, o_r, row_length, 7, 0)  # [BR]
+    i_lo = tl.min(b_lo) // BC
+    i_hi = tl.cdiv(tl.max(b_hi), BC)
+    p_g += (i_b * groups + i_g) * space
+    if LOGS:
+        p_x += (i_b * groups + i_g) * space
+    b_here = (o_r < row_end) & (b_i >= 0)  # [BR]
+    b_q = load_tile(p_qs, tile_offsets(b_row, sqr_s, o_d, WIDE), o_d, DS, BDS, UPCAST)  # [BR, BD]
+    b_l = tl.zeros([BR], tl.float32)
+    if not SCORES:
+        b_l = tl.load(p_lse + (i_b * heads_s + i_h) * rows + b_row)  # [BR]
+    b_delta = tl.zeros([BR], tl.float32)
+    for i_c in range(i_lo, i_hi):
+        o_c = i_c * BC + tl.arange(0, BC)  # [BC]
+        b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
+        b_k = load_tile(p_ks, tile_offsets(b_j, skl_s, o_d, WIDE), o_d, DS, BDS, UPCAST)  # [BC, BD]
+        b_see = seen_keys(
+            p_keys, o_c, b_j, b_lo, b_hi, b_i, b_si, b_bi, key_length, window,
+            INTERVAL, CAUSAL, WINDOW, BLOCKS,
+        )  # fmt: skip
+        o_w = workspace_offsets((o_r - row_start)[:, None], o_c[None, :], pitch)  # [BR, BC]
+        b_g = tl.load(p_g + o_w)
+        b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
+        b_x = log2_scores(b_x, factor_s, cap_s, CAP_S)
+        if not SCORES:
+            b_x -= b_l[:, None]
+            if LOGS:
+                b_x -= tl.load(p_x + o_w)
+            b_x = tl.exp2(b_x)
+        b_delta += tl.sum(tl.where(b_see, b_x * b_g, 0.0), 1)
+    tl.store(p_delta + (i_b * pairs + i_pair) * rows + b_row, b_delta, mask=b_here)
+
+
+def row_delta(call: Call, side: Side, lse: Tensor, space: Workspace, delta: Tensor) -> None:
+    """Write the sums of the workspace's rows into delta.
+
+    Args:
+        lse: [B, H, R] in log2, shares and normalisation folded in.
+        delta: [B, pairs, R] fp32: pairs is H, or H x G (h-major) for heads="mix".
+    """
+    tile = call.tile("row_delta", side.size)
+    launch(
+        _row_delta,
+        (blocks_of(space.end - space.start, tile.rows), delta.shape[1], call.batch),
+        {
+            **side.arguments("s"),
+            **side.constants("s"),
+            **call.masks(call.lists.compared),
+            **call.mask_constants(),
+            "p_lse": lse,
+            "p_g": space.g,
+            "p_x": space.x,
+            "p_delta": delta,
+            "rows": call.rows,
+            "groups": call.groups,
+            "pairs": delta.shape[1],
+            "row_start": space.start,
+            "row_end": space.end,
+            "pitch": space.pitch,
+            "space": space.size,
+            "HEADS": call.heads,
+            "LOGS": call.logs,
+            "SCORES": call.scores,
+            "BR": tile.rows,
+            "BC": tile.keys,
+        },
+        tile,
+    )
