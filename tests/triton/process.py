@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 _QUIET = [
     "-W", "ignore::RuntimeWarning",  # numpy's, where the interpreter takes log2 of 0 or overflows
     "-W", "ignore:TRITON_DEFAULT_FP_FUSION:UserWarning",
+    "-W", "ignore::hypothesis.errors.HypothesisWarning",  # a long repr of a failing call
 ]  # fmt: skip
 
 
