@@ -9,6 +9,7 @@ from .process import run_inner
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow  # minutes: an interpreted program costs a millisecond
 def test_interpreted() -> None:
     assert run_inner("check_calls", "not slow", interpret=True) > 0
 
