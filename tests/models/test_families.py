@@ -48,7 +48,8 @@ def test_every_family_has_a_case_and_the_table_shows_every_case() -> None:
     """The families that share a decoder and its masks with a tested one are named here."""
     covered = {case.model().config.model_type for case in CASES}
     twins = {"vipllava", "qwen3_vl_moe", "qwen3_5_moe"}
-    assert covered | twins == set(FAMILIES)
+    ours = {"llava_taf"}  # registers itself when fastalign.distill is imported; tested there
+    assert covered | twins == set(FAMILIES) - ours
     assert len(CASES) >= 24
     lines = [line.split(" | ") for line in matrix.TABLE.read_text().splitlines()]
     table = {cells[0][2:]: cells for cells in lines if len(cells) == 9 and "e-" in cells[3]}
