@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from .maths import cosine, norm_floor, unit_count
+from .maths import cosine, unit_count, usable_norms
 from .spec import AlignSpec
 
 
@@ -50,10 +50,7 @@ def row_coefficients(
     weight = weight * scale
     if spec.divergence != "cosine":
         return weight.expand_as(statistics[0]).unsqueeze(0)
-    _, ss, tt = unit
-    floor = norm_floor(ss.dtype)
-    usable = (ss > floor) & (tt > floor)
-    ss, tt = torch.where(usable, ss, 1.0), torch.where(usable, tt, 1.0)
+    usable, ss, tt = usable_norms(*unit[1:])
     by_st = torch.where(usable, -1 / (ss.sqrt() * tt.sqrt()), 0.0)
     by_ss = cosine(unit) / (2 * ss)
     return torch.stack([by_st * weight, by_ss * weight, torch.zeros_like(by_ss * weight)])

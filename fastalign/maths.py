@@ -260,16 +260,16 @@ def cosine(statistics: Tensor) -> Tensor:
     the squares of the entries are no longer normal numbers.
     """
     st, ss, tt = statistics
-    floor = norm_floor(ss.dtype)
-    usable = (ss > floor) & (tt > floor)
-    ss, tt = torch.where(usable, ss, 1.0), torch.where(usable, tt, 1.0)
+    usable, ss, tt = usable_norms(ss, tt)
     return torch.where(usable, st / (ss.sqrt() * tt.sqrt()), 0.0)
 
 
-def norm_floor(dtype: torch.dtype) -> float:
-    """The squared norm at and below which a vector has no direction."""
-    info = torch.finfo(dtype)
-    return info.tiny / info.eps
+def usable_norms(ss: Tensor, tt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where both squared norms give a direction, and these norms with 1 where they do not."""
+    info = torch.finfo(ss.dtype)
+    floor = info.tiny / info.eps
+    usable = (ss > floor) & (tt > floor)
+    return usable, torch.where(usable, ss, 1.0), torch.where(usable, tt, 1.0)
 
 
 def unit_count(spec: AlignSpec, weight: Tensor, entries: Tensor, groups: int) -> Tensor:

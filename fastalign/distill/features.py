@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .losses import wide
+
 HIDDEN_DISTANCES = ("mse", "cosine")
 
 
@@ -22,7 +24,7 @@ def hidden_sum(student: Tensor, teacher: Tensor, distance: str = "mse") -> Tenso
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}: expected the same "
             "[n, d] (project the student's states to the teacher's width first)"
         )
-    student, teacher = _wide(student), _wide(teacher.detach())
+    student, teacher = wide(student), wide(teacher.detach())
     if distance == "cosine":
         return (1 - F.cosine_similarity(student, teacher, dim=-1)).sum()
     total: Tensor = (student - teacher).square().mean(-1).sum()
@@ -41,7 +43,7 @@ def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}: expected the same "
             "number of visual tokens"
         )
-    s, t = _unit(_wide(student)), _unit(_wide(teacher.detach()))
+    s, t = _unit(wide(student)), _unit(wide(teacher.detach()))
     cross, own, target = (s.T @ t).square().sum(), (s.T @ s).norm(), (t.T @ t).norm()
     loss: Tensor = 1 - cross / (own * target).clamp_min(torch.finfo(s.dtype).tiny)
     return loss
@@ -51,7 +53,3 @@ def _unit(x: Tensor) -> Tensor:
     """Scaled so that fourth powers neither overflow nor underflow; the cosine does not change."""
     scaled: Tensor = x / x.detach().norm().clamp_min(torch.finfo(x.dtype).tiny)
     return scaled
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype.itemsize >= 4 else x.float()

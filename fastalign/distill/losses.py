@@ -41,7 +41,7 @@ def answer_logits(logits: Tensor, labels: Tensor) -> Tensor:
 
 def lm_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum of the cross-entropies of [n, V] logits and [n] targets: float32 (or float64) scalar."""
-    return F.cross_entropy(_wide(logits), targets, reduction="sum")
+    return F.cross_entropy(wide(logits), targets, reduction="sum")
 
 
 def kd_sum(
@@ -55,8 +55,8 @@ def kd_sum(
     """
     check_divergence(divergence, temperature)
     shared = min(student.shape[-1], teacher.shape[-1])
-    log_s = (_wide(student[..., :shared]) / temperature).log_softmax(-1)
-    log_t = (_wide(teacher.detach()[..., :shared]) / temperature).log_softmax(-1)
+    log_s = (wide(student[..., :shared]) / temperature).log_softmax(-1)
+    log_t = (wide(teacher.detach()[..., :shared]) / temperature).log_softmax(-1)
     return token_divergence(log_s, log_t, divergence).sum() * temperature**2
 
 
@@ -85,6 +85,6 @@ def logit_kd_loss(
     return total / max(1, len(student))
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """At least float32."""
     return x if x.dtype.itemsize >= 4 else x.float()

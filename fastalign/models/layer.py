@@ -174,7 +174,7 @@ def form_loss(function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor
     the layer again to have them back, where the teacher is long gone.
     """
     needs = [x is not None and x.requires_grad for x in inputs]
-    with _own_saving(), _no_autocast(inputs):
+    with own_saving(), _no_autocast(inputs):
         if not (torch.is_grad_enabled() and any(needs)):
             with torch.no_grad():
                 return function(*inputs)
@@ -210,7 +210,8 @@ class _Formed(torch.autograd.Function):
 
 
 @contextmanager
-def _own_saving() -> Iterator[None]:
+def own_saving() -> Iterator[None]:
+    """Save tensors as they are, whatever saved-tensor hooks (a checkpoint's) are in force."""
     with torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged):
         yield
 

@@ -19,6 +19,7 @@ from .layer import (
     first_rows,
     form_loss,
     materialise,
+    own_saving,
 )
 from .observe import state_of
 from .tokens import Inputs, RowChoice, Tokens, choose_rows, read_tokens
@@ -144,7 +145,7 @@ class Step:
                 f"student layer {layer} ran before teacher layers {missing}; allowed: call the "
                 "teacher first in the step, `with torch.no_grad(): teacher(**inputs)`"
             )
-        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        with own_saving():
             state = self._state(self.owner.student, layer, call)
         teachers = [self.teacher_states[t].to(state.q.device) for t in group]
         self.losses[layer] = self._pair_loss(layer, state, teachers)
@@ -251,7 +252,3 @@ def _call_core(arguments: dict[str, Any], q: Tensor, k: Tensor, mix: Tensor | No
 
 def _on(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
