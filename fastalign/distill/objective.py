@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import AttentionAlignment
+from ..models.controls import compared_columns
 from ..models.tokens import Tokens, choose_rows, has_images, read_tokens
 from ..models.view import ModelView
 from .features import hidden_sum, relation_loss
@@ -111,6 +112,8 @@ class Objective:
             spec=chosen,
             layers=layers,
             rows=self.losses.alignment_rows,
+            columns=self.losses.alignment_columns,
+            target=self.losses.alignment_target,
         )
 
     def _alignment_units(self, tokens: Tokens, batch: Batch) -> float:
@@ -123,7 +126,8 @@ class Objective:
         if isinstance(rule, str):
             rule = rule.partition(":")[0]  # a sample's weights add up to the number of all rows
         positions = choose_rows(rule, tokens, batch).positions
-        seen = (tokens.visual.cumsum(-1) > 0) if spec.causal else tokens.visual.any(-1, True)
+        columns = compared_columns(alignment.columns, tokens)
+        seen = (columns.cumsum(-1) > 0) if spec.causal else columns.any(-1, True)
         seen = seen.expand_as(tokens.valid).gather(1, positions.clamp(min=0)) & (positions >= 0)
         units = seen.sum() if spec.compare == "row" else seen.any(-1).sum()
         groups = 1

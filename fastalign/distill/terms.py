@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..spec import AlignSpec, resolve_spec
 from .divergences import Divergence, check_divergence
@@ -23,7 +23,8 @@ class Losses:
             ``kd_temperature``; LLaVA-MoD's dense distillation is this term, too).
         visual_kd: the same at the image tokens (LLaVA-KD).
         alignment: attention to the visual tokens (``alignment_spec``: a recipe's name or the fields of
-            an ``AlignSpec``; ``alignment_layers``, ``alignment_rows``: see ``AttentionAlignment``).
+            an ``AlignSpec``; ``alignment_layers``, ``alignment_rows``, and as controls
+            ``alignment_columns``, ``alignment_target``: see ``AttentionAlignment``).
         hidden: distance of the last hidden states at every valid token (``hidden_distance``); models
             of different width get a learned projection, which is thrown away afterwards.
         relation: LLaVA-KD's relation of the image tokens' last hidden states.
@@ -40,6 +41,8 @@ class Losses:
     alignment_spec: str | dict[str, Any] = "compodistill"
     alignment_layers: str | dict[int, Any] = "compodistill"
     alignment_rows: str | None = None
+    alignment_columns: Literal["visual", "text"] = "visual"
+    alignment_target: Literal["teacher", "shuffled", "random"] = "teacher"
     hidden_distance: str = "mse"
 
     def __post_init__(self) -> None:

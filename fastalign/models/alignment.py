@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..spec import AlignSpec, resolve_spec
 from .cache import TeacherCache
 from .capture import Call, Tap, tapped
+from .controls import check_controls
 from .matching import Matching, Rule, match_layers
 from .step import Step
 from .tokens import Inputs, Rows
@@ -48,7 +49,10 @@ class AttentionAlignment:
         layer_reduction: ``"mean"`` or ``"sum"`` over the matched pairs. None: the spec's own.
         resample: None: student and teacher must have the same tokens. ``"area"``: their patch
             grids, padding and sequence lengths may differ (``grids``); rows must then be text.
-        generator: of sampled rows (a CPU generator).
+        columns: ``"visual"``, or as a control ``"text"``: every valid token that is not visual.
+        target: ``"teacher"``, or as a control its map ``"shuffled"`` over the compared columns, or a
+            ``"random"`` one (``controls.disturbance``).
+        generator: of sampled rows and of controls (a CPU generator).
         check_masks: compare the rebuilt visibility with the mask that each model made, at the first
             step with batches of that kind; a difference is an error.
 
@@ -73,6 +77,8 @@ class AttentionAlignment:
         *,
         layer_reduction: str | None = None,
         resample: str | None = None,
+        columns: str = "visual",
+        target: str = "teacher",
         generator: torch.Generator | None = None,
         check_masks: bool = True,
     ) -> None:
@@ -103,6 +109,15 @@ class AttentionAlignment:
         if resample not in (None, "area"):
             raise ValueError(f"resample is {resample!r}; allowed: None or 'area'")
         self.resample = resample
+        check_controls(columns, target)
+        if self.cache is not None and (columns, target) != ("visual", "teacher"):
+            raise ValueError(
+                f"columns is {columns!r} and target {target!r} with a TeacherCache; allowed: 'visual' "
+                "and 'teacher', which are what it recorded"
+            )
+        if resample is not None and columns != "visual":
+            raise ValueError(f"columns is {columns!r} with resample; allowed: 'visual'")
+        self.columns, self.target = columns, target
         self.generator = generator
         self.check_masks = check_masks
         self.mix = self._make_mix() if self.spec.heads == "mix" else None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..api import fused_attn_align_loss
 from .capture import Call
+from .controls import Disturb, compared_columns, disturbance
 from .grids import Grid, corresponding_rows, grids_of, resample
 from .layer import (
     LayerState,
@@ -55,6 +56,7 @@ class Step:
         self.uses: dict[int, int] = {}  # teacher layer -> student layers that still need it
         self.grids: tuple[list[list[Grid]], list[list[Grid]]] | None = None  # teacher, student
         self.samples = samples
+        self.disturb: Disturb | None = None
         if alignment.cache is not None:
             self.rows = self._recorded_rows(alignment.cache, inputs)
         else:
@@ -81,6 +83,8 @@ class Step:
         self.teacher_rows = self.rows
         if not self._same_tokens():
             self._relate_tokens(teacher)
+        compared = compared_columns(self.owner.columns, self.tokens["teacher"])
+        self.disturb = disturbance(self.owner.target, compared, self.owner.generator)
         for group in self.owner.matching.values():
             for layer in group:
                 self.uses[layer] = self.uses.get(layer, 0) + 1
@@ -126,8 +130,8 @@ class Step:
                 "teacher, then one of the student"
             )
         assert self.owner.teacher is not None
-        state = self._state(self.owner.teacher, layer, call)
-        self.teacher_states[layer] = state.detach()
+        state = self._state(self.owner.teacher, layer, call).detach()
+        self.teacher_states[layer] = self.disturb(state) if self.disturb else state
 
     def see_student(self, layer: int, call: Call) -> None:
         """Form the loss of a student layer; let go of teacher layers that no other needs."""
@@ -168,7 +172,7 @@ class Step:
 
     def _pair_loss(self, layer: int, state: LayerState, teachers: list[LayerState]) -> Tensor:
         arguments: dict[str, Any] = {
-            "visual_mask": self.tokens["student"].visual,
+            "visual_mask": compared_columns(self.owner.columns, self.tokens["student"]),
             "attention_mask": state.visibility.segments >= 0,
             "segment_ids": state.visibility.segments,
             "block_ids": state.visibility.blocks,
@@ -211,7 +215,8 @@ class Step:
                 "sink_t": teacher.sinks,
             }
         device = state.q.device
-        columns, positions = self.tokens["teacher"].visual, self.teacher_rows.positions
+        columns = compared_columns(self.owner.columns, self.tokens["teacher"])
+        positions = self.teacher_rows.positions
         spec = self.owner.spec
         maps = [materialise(t, positions.to(device), columns.to(device), spec) for t in teachers]
         target = torch.stack(maps).mean(0) if spec.heads == "mean" else torch.cat(maps, dim=1)
