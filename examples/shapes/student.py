@@ -83,12 +83,12 @@ def train_student(
     student.train()
     alignment = make_alignment(student, teacher) if settings.align_weight else None
     trained = [p for p in student.parameters() if p.requires_grad]
-    makers = _optimizers(student, settings.lr)
+    makers = optimizers(student, settings.lr)
     rates = [maker.param_groups[0]["lr"] for maker in makers]
     history = History()
     for step in range(settings.steps):
         for maker, full in zip(makers, rates, strict=True):
-            maker.param_groups[0]["lr"] = full * _rate(step, settings.steps)
+            maker.param_groups[0]["lr"] = full * rate(step, settings.steps)
         lm, kd, align = _losses(student, teacher, alignment, draw_inputs(settings, step))
         loss = lm + settings.kd_weight * kd + settings.align_weight * align
         for maker in makers:
@@ -151,7 +151,7 @@ def _losses(
     )
 
 
-def _optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the decoder's matrices; Adam at half the rate for the rest."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inside = [p for name, p in trained if p.ndim == 2 and "layers." in name]
@@ -160,7 +160,7 @@ def _optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     return [Muon(inside, lr=lr), torch.optim.Adam(others, lr=lr / 2, betas=(0.9, 0.95))]
 
 
-def _rate(step: int, steps: int) -> float:
+def rate(step: int, steps: int) -> float:
     """A short warm-up, then a linear decay over the last half."""
     warm = max(1, min(30, steps // 10))
     return min(1.0, (step + 1) / warm, max(0.02, 2 * (steps - step) / steps))
