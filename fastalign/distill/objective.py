@@ -25,6 +25,7 @@ from .fused import fused_linear_losses
 from .heads import HeadTap, check_headless, tapped_head
 from .losses import kd_sum, lm_sum, predicted, predicting
 from .terms import Losses
+from .timing import Stopwatch
 from .vision import same_tower, shared_tower
 
 Batch = Mapping[str, Any]
@@ -42,6 +43,7 @@ class Objective:
         share_vision: "auto": the tower is run once if it is the same and frozen; "never".
         whole_step: the batch is all there is of an optimiser step, so that the alignment's own
             reduction can be used as it is.
+        stopwatch: told which part of the step runs.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Objective:
         fused_head: bool = True,
         share_vision: str = "auto",
         whole_step: bool = False,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         if teacher is None and losses.needs_teacher:
             needing = [name for name in losses.weights if name != "lm"]
@@ -74,6 +77,7 @@ class Objective:
             and same_tower(self.student.model, self.teacher.model)
         )
         self.whole_step = whole_step
+        self.stopwatch = stopwatch or Stopwatch(torch.device("cpu"))
         self.alignment = self._make_alignment() if losses.alignment else None
         self.extra = nn.ModuleDict()
         if losses.hidden:
@@ -114,6 +118,7 @@ class Objective:
             rows=self.losses.alignment_rows,
             columns=self.losses.alignment_columns,
             target=self.losses.alignment_target,
+            timer=lambda: self.stopwatch.part("alignment"),
         )
 
     def _alignment_units(self, tokens: Tokens, batch: Batch) -> float:
@@ -187,16 +192,18 @@ class Objective:
                 if view is None:
                     continue
                 tap = enter(tapped_head(view.role, view.model, headless=self.fused_head))
-                if view is self.student:
-                    out = run(**inputs, use_cache=False)
-                else:
-                    with torch.no_grad():
-                        out = view.model(**inputs, use_cache=False)
+                with self.stopwatch.part(view.role):
+                    if view is self.student:
+                        out = run(**inputs, use_cache=False)
+                    else:
+                        with torch.no_grad():
+                            out = view.model(**inputs, use_cache=False)
                 if self.fused_head and not self._checked:
                     check_headless(tap, out.logits)
                 taps[view.role], logits[view.role] = tap, out.logits
             self._checked = True
-        total, terms = self._terms(batch, taps, logits, counts)
+        with self.stopwatch.part("losses"):
+            total, terms = self._terms(batch, taps, logits, counts)
         # Parameters that a batch without images (or without answers) does not reach still take part:
         # DistributedDataParallel waits for every gradient.
         total = total + 0.0 * taps["student"].hidden.sum().to(total.dtype)

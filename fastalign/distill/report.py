@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,25 @@ def stage_summary(stage: Stage, trainer: DistillTrainer) -> dict[str, Any]:
         "skipped": dict(trainer.skipped),
         "history": loss_history(trainer.state.log_history),
     }
+
+
+def time_table(summary: Mapping[str, Any]) -> str:
+    """A stage's times by part, tokens a second, peak memory and the alignment's share, as text."""
+    steps = max(1, summary["timed_steps"])
+    wall, cpu = summary["seconds_by_part"], summary["cpu_seconds_by_part"]
+    lines = [f"{'part':<12}{'s a step':>10}{'CPU s a step':>14}{'share':>8}"]
+    for name, seconds in wall.items():
+        share = seconds / max(1e-9, summary["seconds"])
+        lines.append(f"{name:<12}{seconds / steps:>10.4f}{cpu[name] / steps:>14.4f}{share:>8.1%}")
+    lines.append(
+        f"{summary['tokens_per_second']:,.0f} tokens/s; peak {summary['peak_bytes'] / 2**20:,.0f} MiB "
+        f"({summary['peak_is']})"
+    )
+    if "alignment" in wall:
+        lines.append(
+            f"alignment makes the step {summary['alignment_share']:.1%} longer than it is without"
+        )
+    return "\n".join(f"    {line}" for line in lines)
 
 
 def loss_history(log: Iterable[dict[str, float]]) -> list[dict[str, float]]:

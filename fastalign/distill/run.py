@@ -23,7 +23,7 @@ from .loading import (
 )
 from .plain import RecipeError, to_plain
 from .recipe import Recipe, recipe_to_plain, resolve
-from .report import model_card, stage_summary, write_curves
+from .report import model_card, stage_summary, time_table, write_curves
 from .stages import Stage
 from .trainer import DistillTrainer
 
@@ -64,7 +64,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> dic
             student = load_model(recipe, before, recipe.models.student_dtype)
         say(f"{names[index]}: {_describe(stage)}")
         summaries.append(_run_stage(recipe, stage, folder, student, teacher, processor))
-        say(f"{names[index]}: {_outcome(summaries[-1])}")
+        say(f"{names[index]}: {_outcome(summaries[-1])}\n{time_table(summaries[-1])}")
     summary = {"stages": summaries}
     if is_main():
         if not (output / "final").is_dir():

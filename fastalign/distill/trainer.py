@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -67,6 +66,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
                 "fused_head is True under FSDP, where the head's weight is sharded outside of its "
                 "forward; allowed: fused_head=False"
             )
+        self.stopwatch = Stopwatch(args.device)
         self.objective = Objective(
             model,
             teacher,
@@ -74,6 +74,7 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
             fused_head=args.fused_head,
             share_vision=args.share_vision,
             whole_step=processes == 1 and args.gradient_accumulation_steps == 1,
+            stopwatch=self.stopwatch,
         )
         self.objective.extra.to(args.device)
         if processes > 1 and len(self.objective.extra):
@@ -82,8 +83,8 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
                 "processes do not keep in step; allowed: one process"
             )
         self.add_callback(_ZeroExtra(self.objective.extra))
+        self.add_callback(_Times(self.stopwatch))
         self.skipped: Counter[str] = Counter()
-        self.stopwatch = Stopwatch(args.device)
         self._term_sums: dict[str, Tensor] = {}
         self._staging = False
 
@@ -125,9 +126,15 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         return (total, {}) if return_outputs else total
 
     def training_step(self, *arguments: Any, **keywords: Any) -> Tensor:
-        with self.stopwatch.step(arguments[1]):
+        self.stopwatch.batch(arguments[1])
+        with self.stopwatch.part("backward"):  # what is left of it when the forward's parts are out
             loss: Tensor = super().training_step(*arguments, **keywords)
+        self.stopwatch.switch("optimizer")
         return loss
+
+    def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
+        with self.stopwatch.part("data"):
+            return super().get_batch_samples(*arguments, **keywords)
 
     def prediction_step(
         self,
@@ -163,10 +170,11 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
 
                 self.objective.extra.load_state_dict(load_file(folder / EXTRA))
             resume_from_checkpoint = str(folder)
-        started = time.monotonic()
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
-        self.stopwatch.total_seconds = time.monotonic() - started
-        return output
+        self.stopwatch.start()
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
+        finally:
+            self.stopwatch.stop()
 
     def create_optimizer(self, model: Any = None) -> Any:
         optimizer = super().create_optimizer(model)
@@ -196,6 +204,10 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         return str(run / STAGING) if self._staging else str(run)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.stopwatch.part("checkpoint"):
+            self._save_whole(model, trial)
+
+    def _save_whole(self, model: nn.Module, trial: Any) -> None:
         run = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         staging = run / STAGING / name
@@ -245,6 +257,17 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         super()._save(output_dir, state_dict)
         # A pickle that nothing here reads; the recipe says the same in plain text.
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+
+class _Times(TrainerCallback):  # type: ignore[misc]
+    """Tells the stopwatch where an optimiser step ends."""
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self.stopwatch = stopwatch
+
+    def on_optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+        self.stopwatch.steps += 1
+        self.stopwatch.switch("rest")
 
 
 class _ZeroExtra(TrainerCallback):  # type: ignore[misc]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,8 @@ class AttentionAlignment:
         target: ``"teacher"``, or as a control its map ``"shuffled"`` over the compared columns, or a
             ``"random"`` one (``controls.disturbance``).
         generator: of sampled rows and of controls (a CPU generator).
+        timer: makes a context that is entered around the alignment's own work inside the two forwards,
+            for measurements.
         check_masks: compare the rebuilt visibility with the mask that each model made, at the first
             step with batches of that kind; a difference is an error.
 
@@ -80,6 +82,7 @@ class AttentionAlignment:
         columns: str = "visual",
         target: str = "teacher",
         generator: torch.Generator | None = None,
+        timer: Callable[[], AbstractContextManager[object]] = nullcontext,
         check_masks: bool = True,
     ) -> None:
         self.spec = resolve_spec(spec)
@@ -119,6 +122,7 @@ class AttentionAlignment:
             raise ValueError(f"columns is {columns!r} with resample; allowed: 'visual'")
         self.columns, self.target = columns, target
         self.generator = generator
+        self.timer = timer
         self.check_masks = check_masks
         self.mix = self._make_mix() if self.spec.heads == "mix" else None
         self._checked: set[Any] = set()
@@ -130,11 +134,13 @@ class AttentionAlignment:
 
         def student(layer: int, call: Call) -> None:
             assert self._step is not None
-            self._step.see_student(layer, call)
+            with self.timer():
+                self._step.see_student(layer, call)
 
         def teacher(layer: int, call: Call) -> None:
             assert self._step is not None
-            self._step.see_teacher(layer, call)
+            with self.timer():
+                self._step.see_teacher(layer, call)
 
         taps: dict[nn.Module, Tap] = {
             self.student.attentions[i]: partial(student, i) for i in self.matching
@@ -207,7 +213,8 @@ class AttentionAlignment:
                 mask that cannot be rebuilt, reentrant checkpointing.
         """
         self._step = None  # the last step's graph goes before this one's begins
-        step = Step(self, inputs, teacher_inputs, samples)
+        with self.timer():
+            step = Step(self, inputs, teacher_inputs, samples)
         self._step = step
         try:
             with ExitStack() as stack:
@@ -232,6 +239,10 @@ class AttentionAlignment:
         losses = list(self._finished().losses.values())
         total = torch.stack([loss.to(losses[0].device) for loss in losses])
         return total.mean() if self.layer_reduction == "mean" else total.sum()
+
+    def release(self) -> None:
+        """Let go of the last step, with its losses and their graph, before the next one begins."""
+        self._step = None
 
     def metrics(self) -> dict[str, float]:
         """``loss``, and for each student layer ``layer_<i>/loss`` and its ``similarity``.
