@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
+from .ablate import ablate
 from .distill import distill
 from .init import init
 from .recipes import recipes
@@ -25,6 +26,7 @@ def build_app() -> typer.Typer:
     app.command()(recipes)
     app.command()(init)
     app.command()(distill)
+    app.command()(ablate)
     return app
 
 
