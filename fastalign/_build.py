@@ -3,6 +3,10 @@
 The kernels are a plain shared library with a C interface (csrc/align.h): no torch header, no torch
 symbol. So it needs a compiler and nothing else, it takes seconds, and no torch release can break it.
 What can break is a library built from other sources; ``find`` compares a digest and refuses it.
+
+A library that an install put into the package serves if it is made of the present sources. Otherwise one is
+compiled on first use, said in the log, and kept in the user's cache by sources, flags, processor and
+compiler; two processes that need it at once build it once.
 """
 
 from __future__ import annotations
@@ -11,12 +15,14 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +48,10 @@ _NATIVE: dict[str, tuple[str, ...]] = {
 
 class BuildError(RuntimeError):
     """The kernels could not be compiled; the message says why and what to do."""
+
+
+class NoCompiler(BuildError):
+    """This machine has no C++ compiler."""
 
 
 @dataclass(frozen=True)
@@ -70,21 +80,27 @@ def digest() -> str:
     """What the library is made of: sources and flags, whatever the instruction sets."""
     state = hashlib.sha256(repr((_FLAGS, extra_flags())).encode())
     for path in sorted(sources().iterdir()):
-        if path.suffix in (".h", ".cpp"):
+        if path.suffix in (".h", ".cpp") and path.name != "selfcheck.cpp":
             state.update(path.name.encode() + path.read_bytes())
     return state.hexdigest()[:16]
 
 
-def compiler() -> str:
-    """The C++ compiler: ``CXX``, else the first of g++, clang++, c++.
+def compiler() -> list[str]:
+    """The C++ compiler and its first arguments: ``CXX``, else the first of g++, clang++, c++.
 
     Raises:
-        BuildError: there is none.
+        NoCompiler: there is none.
+        BuildError: ``CXX`` names one that is not there; no other takes its place.
     """
-    for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
-        if name and (path := shutil.which(name)):
-            return path
-    raise BuildError(
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        if shutil.which(named[0]) is None:
+            raise BuildError(f"CXX is {os.environ['CXX']!r}, and there is no such program")
+        return named
+    for name in ("g++", "clang++", "c++"):
+        if path := shutil.which(name):
+            return [path]
+    raise NoCompiler(
         "no C++ compiler found (tried $CXX, g++, clang++, c++): install one (Debian: apt install g++) "
         "for the CPU kernels; without them backend='tiled' serves every call"
     )
@@ -121,13 +137,13 @@ def build(target: Path, portable: bool) -> None:
         objects = [f"{scratch}/{unit.name}.o" for unit in units]
 
         def compile_unit(unit: Unit, output: str) -> None:
-            _run([cxx, *common, *unit.flags, *extra_flags(), "-c", str(sources() / unit.source),
+            _run([*cxx, *common, *unit.flags, *extra_flags(), "-c", str(sources() / unit.source),
                   "-o", output])  # fmt: skip
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_unit, units, objects))
         library = f"{scratch}/{target.name}"
-        _run([cxx, "-shared", *openmp, *extra_flags(), *objects, "-o", library])
+        _run([*cxx, "-shared", *openmp, *extra_flags(), *objects, "-o", library])
         os.replace(library, target)  # whole or not at all, whoever else is building
 
 
@@ -140,10 +156,76 @@ def _run(command: Sequence[str]) -> None:
         )
 
 
-def cached() -> Path:
-    """Where a library built on first use lies: by sources, flags and processor."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "fastalign" / f"{digest()}-{_processor()}" / LIBRARY
+def find(build_missing: bool = True) -> Path | None:
+    """The library made of the present sources: the installed one, the cached one, or a new build.
+
+    Returns:
+        Its path; None if there is none and ``build_missing`` is False.
+
+    Raises:
+        BuildError: it has to be built and cannot be.
+    """
+    installed = PACKAGE / LIBRARY
+    if _fits(installed):
+        return installed
+    found = [path for path in _cached() if _fits(path)]
+    if found:
+        return found[0]
+    if not build_missing:
+        return None
+    why = "was built from other sources" if installed.exists() else "was not built at install"
+    path = _place(compiler())
+    try:
+        with _alone(path.parent):
+            if not _fits(path):  # else another process built it while this one waited
+                logger.warning(
+                    "the CPU kernels: the library %s; compiling it once to %s", why, path
+                )
+                build(path, portable=False)
+    except OSError as error:
+        raise BuildError(
+            f"the CPU kernels cannot be built in {path.parent}: {error}; set XDG_CACHE_HOME to a "
+            "directory that can be written, or use backend='tiled'"
+        ) from error
+    return path
+
+
+def _fits(library: Path) -> bool:
+    """Whether a library is there and says that it is made of the present sources and flags."""
+    return library.exists() and f"fastalign:{digest()}".encode() in library.read_bytes()
+
+
+def _root() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastalign"
+
+
+def _place(cxx: list[str]) -> Path:
+    """Where a library built on first use lies: by sources, flags, processor and compiler."""
+    asked = subprocess.run([*cxx, "--version"], capture_output=True, text=True)
+    made_by = hashlib.sha256(f"{cxx}\n{asked.stdout}".encode()).hexdigest()[:8]
+    return _root() / f"{digest()}-{_processor()}-{made_by}" / LIBRARY
+
+
+def _cached() -> list[Path]:
+    """Libraries for this processor: this compiler's, or anyone's where there is no compiler (any more)."""
+    try:
+        return [_place(compiler())]
+    except BuildError:
+        return sorted(_root().glob(f"{digest()}-{_processor()}-*/{LIBRARY}"))
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One process at a time; the system lets go the lock of a process that dies."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with (directory / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _processor() -> str:
@@ -155,27 +237,3 @@ def _processor() -> str:
         able = ""
     state = (platform.machine(), platform.processor(), able)
     return hashlib.sha256(repr(state).encode()).hexdigest()[:8]
-
-
-def find(build_missing: bool = True) -> Path | None:
-    """The library made of the present sources: the installed one, the cached one, or a new build.
-
-    Returns:
-        Its path; None if there is none and ``build_missing`` is False.
-
-    Raises:
-        BuildError: it has to be built and cannot be.
-    """
-    wanted = digest()
-    installed = PACKAGE / LIBRARY
-    if installed.exists() and f"fastalign:{wanted}".encode() in installed.read_bytes():
-        return installed
-    path = cached()
-    if path.exists():
-        return path
-    if not build_missing:
-        return None
-    why = "was built from other sources" if installed.exists() else "was not built at install"
-    logger.warning("the CPU kernels: the library %s; compiling it once to %s", why, path)
-    build(path, portable=False)
-    return path
