@@ -38,7 +38,7 @@ class BuildKernels(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         try:
             build.compiler()
-        except build.BuildError as error:
+        except build.NoCompiler as error:
             print(f"fastalign: {error}", file=sys.stderr, flush=True)
             return
         build.build(target, portable=not (self.inplace or getattr(self, "editable_mode", False)))
@@ -52,6 +52,7 @@ setup(
     ],
     package_dir={"fastalign.kernels": "kernels", "fastalign.csrc": "csrc"},
     package_data={"fastalign": ["py.typed"], "fastalign.csrc": ["*.h", "*.cpp"]},
+    exclude_package_data={"fastalign.csrc": ["selfcheck.cpp"]},
     ext_modules=[Extension("fastalign._cpu", sources=[], optional=True)],
     cmdclass={"build_ext": BuildKernels},
 )
