@@ -9,7 +9,9 @@ import typer
 from .._version import __version__
 from .ablate import ablate
 from .distill import distill
+from .eval import evaluate
 from .init import init
+from .prune import prune
 from .recipes import recipes
 
 
@@ -26,7 +28,9 @@ def build_app() -> typer.Typer:
     app.command()(recipes)
     app.command()(init)
     app.command()(distill)
+    app.command(name="eval")(evaluate)
     app.command()(ablate)
+    app.command()(prune)
     return app
 
 
