@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-_ANNOUNCED = r"(?:answer|option|choice|caption|image|picture|letter)"
+_ANNOUNCED = r"(?:answer|option|choice|caption|image|picture|letter|it)"
 _LINK = r"(?:\s+(?:is|would\s+be|should\s+be))?\s*[:=\-]?\s*"
 #: What may follow a letter that might be an article: an end, or punctuation, and no plain word.
 _END = r"(?=\s*(?:$|[.,:;!?)\]\"'*}]|\n))"
@@ -59,10 +59,11 @@ def _whole(said: str, upper: str) -> str | None:
 
 
 def _leading(said: str, upper: str) -> str | None:
-    """ "(b) the dog", "B. the dog", "B: ...", "B, because", "B - ..." or a letter on a line of its own."""
+    """ "(b) the dog", "B. the dog", "B, ...", "B - ...", "B because ...", or a letter on its own line."""
     match = re.match(rf"[(\[{{]\s*([{upper}])\s*[)\]}}]", said, re.IGNORECASE)
     match = match or re.match(rf"([{upper}])[.):](?!\w)", said, re.IGNORECASE)
     match = match or re.match(rf"([{upper}])(?:,|;|\s+[-–—]\s|[ \t]*\n)", said)
+    match = match or re.match(rf"([{upper}])\s+(?:is|was|because|since|describes|matches)\b", said)
     return match[1] if match else None
 
 

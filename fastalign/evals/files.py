@@ -73,12 +73,12 @@ class Row:
 
     def choice(self, allowed: Sequence[str], *names: str) -> str:
         """The field in lower case, one of ``allowed``."""
-        value = self.text(*names).strip().lower()
-        if value not in allowed:
+        value = self.text(*names)
+        if value.strip().lower() not in allowed:
             raise SampleError(
                 self.where, f"{names[0]!r} is {shown(value)}; allowed: {', '.join(allowed)}"
             )
-        return value
+        return value.strip().lower()
 
     def value(self, *names: str) -> Any:
         """Raises: SampleError: no such field."""

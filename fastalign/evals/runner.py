@@ -96,12 +96,13 @@ def evaluate(
             if done == len(pending) or (start // batch_size) % 50 == 49:
                 say(f"{done} of {len(pending)} asked")
     verdicts = [
-        benchmark.judge(s, {a.part: replies[key(s.id, a)] for a in asks[s.id]}) for s in wanted
+        benchmark.judge(s, {a.part: replies[reply_key(s.id, a)] for a in asks[s.id]})
+        for s in wanted
     ]
     return _write(benchmark, wanted, verdicts, len(samples), identity, folder)
 
 
-def key(sample: str, ask: Ask) -> str:
+def reply_key(sample: str, ask: Ask) -> str:
     """An ask's name in ``replies.jsonl``."""
     return f"{sample}#{ask.part}"
 
@@ -109,7 +110,7 @@ def key(sample: str, ask: Ask) -> str:
 def _keyed(asks: Mapping[str, Sequence[Ask]]) -> Iterator[tuple[str, Ask]]:
     for sample, several in asks.items():
         for ask in several:
-            yield key(sample, ask), ask
+            yield reply_key(sample, ask), ask
 
 
 def claim(folder: Path, identity: Mapping[str, str], resume: bool) -> None:

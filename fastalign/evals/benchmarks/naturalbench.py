@@ -61,10 +61,10 @@ def _sample(row: Row, images: Path | None) -> Group:
 
 def _answer(row: Row, kind: str, name: str) -> int:
     allowed = ("yes", "no") if kind == "yes_no" else ("a", "b")
-    value = row.text(name).strip().lower()
-    if value not in allowed:
+    value = row.text(name)
+    if value.strip().lower() not in allowed:
         raise SampleError(row.where, f"{name!r} is {shown(value)}; allowed: {' or '.join(allowed)}")
-    return allowed.index(value)
+    return allowed.index(value.strip().lower())
 
 
 def ask(sample: Group, wording: Wording) -> list[Ask]:
