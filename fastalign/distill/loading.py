@@ -95,21 +95,29 @@ def part_of(name: str) -> str:
     return "language_model"
 
 
+def in_attention(name: str) -> bool:
+    """Whether a parameter or module lies in an attention block of the language model."""
+    return part_of(name) == "language_model" and ".self_attn." in name
+
+
 def choose_trained(model: nn.Module, stage: Stage) -> Any:
     """Freeze and unfreeze; with LoRA, the PEFT model around it."""
     wanted = (
         {"projector", "language_model", "vision"} if "all" in stage.trains else set(stage.trains)
     )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in wanted)
+        frozen = stage.freeze_attention and in_attention(name)
+        parameter.requires_grad_(part_of(name) in wanted and not frozen)
     if stage.lora is not None:
-        return _with_lora(model, stage.lora, projector="projector" in wanted)
+        return _with_lora(
+            model, stage.lora, projector="projector" in wanted, attention=not stage.freeze_attention
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"stage {stage.name}: trains {list(stage.trains)} has no parameters")
     return model
 
 
-def _with_lora(model: Any, lora: Lora, *, projector: bool) -> Any:
+def _with_lora(model: Any, lora: Lora, *, projector: bool, attention: bool) -> Any:
     from peft import LoraConfig, get_peft_model
 
     head = model.get_output_embeddings()
@@ -119,6 +127,7 @@ def _with_lora(model: Any, lora: Lora, *, projector: bool) -> Any:
         if isinstance(module, nn.Linear)
         and part_of(name + ".") == "language_model"
         and module is not head
+        and (attention or not in_attention(name + "."))
     ]
     kept = _projector_modules(model) if projector else []
     return get_peft_model(

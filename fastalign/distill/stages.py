@@ -58,6 +58,7 @@ class Stage:
         trains: parts: ``projector`` (with TAF: the adapter), ``language_model``, ``vision``, ``all``.
         losses: see ``Losses``.
         data: None: the recipe's.
+        freeze_attention: a control: the language model's attention blocks stay as they are.
         lora: None: ``language_model`` is trained in full.
         global_batch, micro_batch: samples an optimiser step, and at a time on each device.
         steps: optimiser steps; None: ``epochs`` decide.
@@ -71,6 +72,7 @@ class Stage:
     losses: Losses = field(default_factory=Losses)
     data: Data | None = None
     lora: Lora | None = None
+    freeze_attention: bool = False
     global_batch: int = 128
     micro_batch: int = 4
     epochs: float = 1.0
