@@ -182,7 +182,7 @@ def _row(where: str, key: str, value: Any) -> Row:
 
 
 def _tsv(path: Path) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     limit = csv.field_size_limit(sys.maxsize)  # images stand in the fields
     try:
         with path.open(encoding="utf-8", newline="") as lines:
@@ -214,8 +214,8 @@ def _records(reader: Any, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _parquet(path: Path) -> list[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
         file = pq.ParquetFile(path)
@@ -238,8 +238,8 @@ def _is_image(kind: Any) -> bool:
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        return bool(kind.get_field_index("bytes") >= 0)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 class _Images:

@@ -18,7 +18,7 @@ from .images import Picture
 from .protocols import Ask
 
 
-def model_digest(model: torch.nn.Module) -> str:
+def model_digest(model: Any) -> str:
     """Over the configuration and every parameter and buffer: name, type, shape and bytes."""
     sha = hashlib.sha256(json.dumps(model.config.to_dict(), default=str, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -17,9 +17,22 @@ from fastalign.evals.runner import evaluate
 
 from .stubs import Told, image, judged, number, scores, write_parquet
 
-COLUMNS = (
-    "index question hint A B C D answer category image source l2-category comment split".split()
-)
+COLUMNS = [
+    "index",
+    "question",
+    "hint",
+    "A",
+    "B",
+    "C",
+    "D",
+    "answer",
+    "category",
+    "image",
+    "source",
+    "l2-category",
+    "comment",
+    "split",
+]
 #: (options, the answer's place, category, ability)
 QUESTIONS: list[tuple[Sequence[str], int, str, str]] = [
     (("dog", "cat", "cow", "pig"), 0, "object_localization", "finegrained_perception"),

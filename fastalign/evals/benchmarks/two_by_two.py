@@ -53,13 +53,13 @@ def judge(sample: Square, replies: Mapping[str, Reply]) -> Verdict:
     else:
         to_text, to_image = [], []
         for own, other in ((0, 1), (1, 0)):
-            texts = sample.captions[own], sample.captions[other]
-            pair = read_pair(*(replies[f"image{own}-{order}"] for order in ORDERS), texts=texts)
-            to_text.append(pair.wins)
-            unread += pair.unread
-            pair = read_pair(*(replies[f"caption{own}-{order}"] for order in ORDERS))
-            to_image.append(pair.wins)
-            unread += pair.unread
+            first, second = (replies[f"image{own}-{order}"] for order in ORDERS)
+            caption = read_pair(first, second, (sample.captions[own], sample.captions[other]))
+            first, second = (replies[f"caption{own}-{order}"] for order in ORDERS)
+            image = read_pair(first, second)
+            to_text.append(caption.wins)
+            to_image.append(image.wins)
+            unread += caption.unread + image.unread
     return {
         "group": sample.group,
         "to_text": to_text,
