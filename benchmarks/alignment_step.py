@@ -5,19 +5,28 @@ LLaVA models over a Llama decoder of 4 layers, 16 heads of 64, aligns every laye
 CSV for each setting. The step is the teacher's forward, the student's forward and backward; *none* is
 the same step without alignment. Peak memory is the most bytes of tensors alive at once (torch's own
 allocation records), beyond what was there before the step. Time is the median of CPU seconds of all
-threads, which a machine shared with others distorts least. *eager* is arithmetic: what the eager way
-adds at least, float32 weights of both models at every layer.
+threads, which a machine shared with others distorts least, and its ratio the median over rounds, in each
+of which every setting runs once. Ratios are to the first setting of ``--rows``. *eager_weights* is
+arithmetic: what the eager way adds at least, float32 weights of both models at every layer.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import math
+import os
+import platform
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
 from itertools import accumulate
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -87,13 +96,20 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return int(max(accumulate((e.nbytes() for e in records), initial=0)))
 
 
+COLUMNS = (
+    *("tokens", "rows", "peak_mib", "peak_ratio", "cpu_s", "time_ratio", "steps"),
+    *("eager_weights_mib", "threads", "device", "version"),
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--response", type=int, default=256)
+    parser.add_argument("--response", type=int, default=256, help="labelled tokens")
     parser.add_argument("--rows", nargs="+", default=["none", "response", "all:256", "all"])
     parser.add_argument("--repeat", type=int, default=0, help="timed steps; 0: memory only")
     parser.add_argument("--no-memory", action="store_true", help="time only")
+    parser.add_argument("--csv", type=Path, help="append the lines to this file")
     arguments = parser.parse_args()
     student, teacher = build(1, arguments.tokens).train(), build(2, arguments.tokens).eval()
     inputs = batch(arguments.tokens, arguments.response)
@@ -104,8 +120,7 @@ def main() -> None:
         for rows in arguments.rows
     }
 
-    def step(alignment: AttentionAlignment | None) -> None:
-        student.zero_grad()
+    def step(alignment: AttentionAlignment | None, inputs: dict[str, Tensor] = inputs) -> None:
         if alignment is None:
             with torch.no_grad():
                 teacher(**inputs)
@@ -117,26 +132,76 @@ def main() -> None:
             out = student(**inputs)
         (out.loss + alignment.loss()).backward()
 
-    eager = 2 * LAYERS * HEADS * arguments.tokens**2 * 4
-    print("tokens,rows,peak_mib,relative_to_none,cpu_s,relative_to_none,eager_weights_mib")
-    first: tuple[float, float] | None = None
+    def clean() -> None:
+        """Nothing of an earlier step is left, so that its release does not count as this one's."""
+        student.zero_grad()
+        for alignment in alignments.values():
+            if alignment is not None:
+                alignment.release()
+
+    for alignment in alignments.values():
+        step(alignment, batch(2 * PATCHES, PATCHES // 2))  # imports, kernels, thread pools
     times: dict[str, list[float]] = {rows: [] for rows in alignments}
     for _ in range(arguments.repeat):  # in turn, so that a busy machine is as busy for each
         for rows, alignment in alignments.items():
+            clean()
             start = time.process_time()
             step(alignment)
             times[rows].append(time.process_time() - start)
+            print(f"{rows}: {times[rows][-1]:.1f} s", file=sys.stderr, flush=True)
+    peaks = dict.fromkeys(alignments, math.nan)
     for rows, alignment in alignments.items():
-        peak = float("nan")
         if not arguments.no_memory:
-            peak = peak_bytes(partial(step, alignment)) / 2**20
-        median = statistics.median(times[rows]) if times[rows] else float("nan")
-        first = first or (peak, median)
-        print(
-            f"{arguments.tokens},{rows},{peak:.0f},{peak / first[0]:.3f},{median:.2f},"
-            f"{median / first[1]:.3f},{eager / 2**20:.0f}",
-            flush=True,
+            clean()
+            peaks[rows] = peak_bytes(partial(step, alignment)) / 2**20
+    first, lines = next(iter(alignments)), []
+    for rows in alignments:
+        pairs = [t / base for t, base in zip(times[rows], times[first], strict=True)]
+        lines.append(
+            (
+                arguments.tokens,
+                rows,
+                f"{peaks[rows]:.0f}",
+                f"{peaks[rows] / peaks[first]:.3f}",
+                f"{statistics.median(times[rows]) if pairs else math.nan:.2f}",
+                f"{statistics.median(pairs) if pairs else math.nan:.3f}",
+                len(pairs),
+                2 * LAYERS * HEADS * arguments.tokens**2 * 4 // 2**20,
+                torch.get_num_threads(),
+                machine(),
+                f"torch {torch.__version__}, transformers {transformers_version()}",
+            )
         )
+    write(sys.stdout, lines, header=True)
+    if arguments.csv is not None:
+        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+        header = not arguments.csv.exists()
+        with arguments.csv.open("a", newline="") as file:
+            write(file, lines, header)
+
+
+def write(file: TextIO, lines: list[tuple[object, ...]], header: bool) -> None:
+    """The lines as CSV."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerows([COLUMNS, *lines] if header else lines)
+
+
+def transformers_version() -> str:
+    """Of the installed package."""
+    return metadata.version("transformers")
+
+
+def machine() -> str:
+    """The processor, its family (what the name of a rented one hides) and the number of cores."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = dict(re.findall(r"^(model name|cpu family)\s*: (.*)$", info, re.MULTILINE))
+    return (
+        f"{found.get('model name', platform.machine())} family {found.get('cpu family', '?')}, "
+        f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    )
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..spec import AlignSpec, resolve_spec
 from .cache import TeacherCache
-from .capture import Call, Tap, tapped
+from .calls import Call
 from .controls import check_controls
 from .matching import Matching, Rule, match_layers
 from .step import Step
+from .taps import Tap, tapped
 from .tokens import Inputs, Rows
 from .view import ModelView
 
@@ -48,7 +49,7 @@ class AttentionAlignment:
         backend: see ``fused_attn_align_loss``.
         layer_reduction: ``"mean"`` or ``"sum"`` over the matched pairs. None: the spec's own.
         resample: None: student and teacher must have the same tokens. ``"area"``: their patch
-            grids, padding and sequence lengths may differ (``grids``); rows must then be text.
+            grids, padding and sequence lengths may differ (``grids``).
         columns: ``"visual"``, or as a control ``"text"``: every valid token that is not visual.
         target: ``"teacher"``, or as a control its map ``"shuffled"`` over the compared columns, or a
             ``"random"`` one (``controls.disturbance``).
@@ -132,10 +133,14 @@ class AttentionAlignment:
     def _make_taps(self) -> dict[nn.Module, Tap]:
         """One tap a matched layer; they outlive the steps and ask for the one that runs."""
 
-        def student(layer: int, call: Call) -> None:
+        def student(layer: int, call: Call) -> Tensor:
             assert self._step is not None
             with self.timer():
-                self._step.see_student(layer, call)
+                return self._step.see_student(layer, call)
+
+        def take(layer: int, loss: Tensor) -> None:
+            assert self._step is not None
+            self._step.take(layer, loss)
 
         def teacher(layer: int, call: Call) -> None:
             assert self._step is not None
@@ -143,11 +148,16 @@ class AttentionAlignment:
                 self._step.see_teacher(layer, call)
 
         taps: dict[nn.Module, Tap] = {
-            self.student.attentions[i]: partial(student, i) for i in self.matching
+            self.student.attentions[i]: Tap(
+                partial(student, i),
+                partial(take, i),
+                None if self.mix is None else self.mix[str(i)],
+            )
+            for i in self.matching
         }
         if self.teacher is not None:
             for i in dict.fromkeys(t for group in self.matching.values() for t in group):
-                taps[self.teacher.attentions[i]] = partial(teacher, i)
+                taps[self.teacher.attentions[i]] = Tap(partial(teacher, i))
         return taps
 
     def _recorded_matching(

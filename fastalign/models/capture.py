@@ -10,64 +10,16 @@ only delegates: results are the base's, bit for bit.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Call:
-    """One attention call, as seen by a tap.
-
-    Attributes:
-        query: [B, H, T, D], key: [B, K, T, D], any strides; keys are not repeated.
-        mask: what the model's mask function made: bool or float [B or 1, 1, T, T], [B, T], or None.
-        scaling, softcap, window, causal: as the module passes them (None: not passed).
-        sinks: [H] or None.
-        grad: whether gradients were enabled where the masks were made, outside any checkpoint.
-    """
-
-    query: Tensor
-    key: Tensor
-    mask: Any
-    scaling: float | None
-    softcap: float | None
-    window: int | None
-    causal: bool
-    sinks: Tensor | None
-    grad: bool
-
-
-Tap = Callable[[Call], None]
-
-_taps: dict[nn.Module, Tap] = {}
-_grad_outside: dict[int, bool] = {}  # id of a text configuration -> grad mode of its forward
-
-
-@contextmanager
-def tapped(taps: Mapping[nn.Module, Tap]) -> Iterator[None]:
-    """``taps`` see the calls of their modules inside.
-
-    Raises:
-        RuntimeError: a module is tapped already (steps do not nest).
-    """
-    for module in taps:
-        if module in _taps:
-            raise RuntimeError(
-                f"layer {getattr(module, 'layer_idx', '?')} is captured already: a step inside a "
-                "step; allowed: one step at a time for a model"
-            )
-    _taps.update(taps)
-    try:
-        yield
-    finally:
-        for module in taps:
-            del _taps[module]
+from .calls import Call, Passed, is_causal, sequence_starts, usable_lse
+from .links import grad_outside, note_grad, show_compiled
+from .taps import tap_of
 
 
 def capture_name(base: str) -> str:
@@ -84,7 +36,7 @@ def capture_name(base: str) -> str:
 @cache
 def _register(base: str) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if base != "eager" and base not in ALL_ATTENTION_FUNCTIONS.valid_keys():
@@ -100,7 +52,8 @@ def _register(base: str) -> str:
             "model runs without a mask; allowed: implementations registered with "
             "AttentionMaskInterface too"
         )
-    AttentionInterface.register(name, _attention_function(base))
+    flash = ALL_MASK_ATTENTION_FUNCTIONS[base] is flash_attention_mask
+    AttentionInterface.register(name, _attention_function(base, flash))
     AttentionMaskInterface.register(name, _mask_function(ALL_MASK_ATTENTION_FUNCTIONS[base]))
     return name
 
@@ -111,16 +64,13 @@ def _mask_function(base: Callable[..., Any]) -> Callable[..., Any]:
     def make_mask(*args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("config")
         if config is not None and not torch.compiler.is_compiling():
-            _grad_outside[id(config)] = torch.is_grad_enabled()
+            note_grad(config)
         return base(*args, **kwargs)
 
     return make_mask
 
 
-def _attention_function(base: str) -> Callable[..., Any]:
-    # made here, not by a decorator: it imports torch._dynamo, and with it triton
-    show: Callable[..., None] = torch.compiler.disable(_show)
-
+def _attention_function(base: str, flash: bool) -> Callable[..., Any]:
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -129,40 +79,53 @@ def _attention_function(base: str) -> Callable[..., Any]:
         attention_mask: Any,
         **kwargs: Any,
     ) -> Any:
-        show(module, query, key, attention_mask, kwargs)
-        return _base_function(base, module)(
+        result = _base_function(base, module)(
             _as_base(module, base), query, key, value, attention_mask, **kwargs
         )
+        if torch.compiler.is_compiling():
+            grad = True  # the operator asks at run time
+            call = _call(module, query, key, attention_mask, kwargs, flash, base, result[1], grad)
+            show_compiled(module, call)
+            return result
+        tap = tap_of(module)
+        # a checkpoint runs the layer again during backward; its first run was the one that counts
+        if tap is not None and torch._C._current_graph_task_id() == -1:
+            grad = grad_outside(module)
+            loss = tap.see(
+                _call(module, query, key, attention_mask, kwargs, flash, base, result[1], grad)
+            )
+            if loss is not None:
+                tap.take(loss)
+        return result
 
     return attention
 
 
-def _show(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[str, Any]
-) -> None:
-    """Let the module's tap see the call, if it has one.
-
-    A compiled layer has a graph break here. The look-up is on this side of it: layers share compiled
-    code, and a tap found while one is traced would be called for all of them. A checkpoint runs the
-    layer again during backward; its first run was the one that counts.
-    """
-    tap = _taps.get(module)
-    if tap is not None and torch._C._current_graph_task_id() == -1:
-        tap(_call(module, query, key, mask, kwargs))
-
-
-def _call(module: Any, query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[str, Any]) -> Call:
-    causal = kwargs.get("is_causal")
+def _call(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    mask: Any,
+    passed: Passed,
+    flash: bool,
+    base: str,
+    second: Any,
+    grad: bool,
+) -> Call:
     return Call(
         query=query,
         key=key,
         mask=mask,
-        scaling=kwargs.get("scaling"),
-        softcap=kwargs.get("softcap"),
-        window=kwargs.get("sliding_window"),
-        causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
-        sinks=kwargs.get("s_aux"),
-        grad=_grad_outside.get(id(module.config), torch.is_grad_enabled()),
+        scaling=passed.get("scaling"),
+        softcap=passed.get("softcap"),
+        window=passed.get("sliding_window"),
+        causal=is_causal(module, passed),
+        sinks=passed.get("s_aux"),
+        flash=flash,
+        positions=passed.get("position_ids") if flash else None,
+        starts=sequence_starts(passed) if flash else None,
+        lse=usable_lse(base, query, second),
+        grad=grad,
     )
 
 

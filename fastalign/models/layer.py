@@ -27,6 +27,7 @@ class LayerState:
         q: [B, H, R, D] the chosen query rows. k: [B, K, L, D] every key.
         scale, softcap: of the scores; softcap None: none. sinks: [H] or None.
         visibility: who sees whom.
+        lse: [B, H, R] the log-sum-exp of each row's softmax, if the model's attention returned it.
     """
 
     q: Tensor
@@ -35,11 +36,17 @@ class LayerState:
     softcap: float | None
     sinks: Tensor | None
     visibility: Visibility
+    lse: Tensor | None = None
 
     def detach(self) -> LayerState:
         """Without gradients."""
         sinks = None if self.sinks is None else self.sinks.detach()
         return replace(self, q=self.q.detach(), k=self.k.detach(), sinks=sinks)
+
+    def copy(self) -> LayerState:
+        """With memory of its own."""
+        lse = None if self.lse is None else self.lse.clone()
+        return replace(self, q=self.q.clone(), k=self.k.clone(), lse=lse)
 
     def to(self, device: torch.device) -> LayerState:
         """On another device."""
@@ -52,6 +59,7 @@ class LayerState:
             q=self.q.to(device),
             k=self.k.to(device),
             sinks=None if self.sinks is None else self.sinks.to(device),
+            lse=None if self.lse is None else self.lse.to(device),
             visibility=replace(v, segments=v.segments.to(device), blocks=blocks),
         )
 
@@ -60,12 +68,13 @@ def concatenate(states: Sequence[LayerState]) -> LayerState:
     """The layers of a window as one layer with all their heads; their scalars must agree."""
     if len(states) == 1:
         return states[0]
-    sinks = [state.sinks for state in states]
+    sinks, lses = [state.sinks for state in states], [state.lse for state in states]
     return replace(
         states[0],
         q=torch.cat([state.q for state in states], dim=1),
         k=torch.cat([state.k for state in states], dim=1),
         sinks=None if sinks[0] is None else torch.cat([x for x in sinks if x is not None]),
+        lse=None if None in lses else torch.cat([x for x in lses if x is not None], dim=1),
     )
 
 

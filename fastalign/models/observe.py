@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .capture import Call, Tap, tapped
+from .calls import Call
 from .layer import LayerState
+from .taps import Tap, tapped
 from .tokens import Inputs, RowChoice, Rows, Tokens, choose_rows, read_tokens
 from .view import ModelView
 from .visibility import check_mask, layer_visibility
@@ -37,8 +38,17 @@ def state_of(
         scale=call.query.shape[-1] ** -0.5 if call.scaling is None else float(call.scaling),
         softcap=call.softcap,
         sinks=call.sinks,
+        lse=_joint_lse(call, rows),
         visibility=layer_visibility(view, layer, call, tokens, inputs),
     )
+
+
+def _joint_lse(call: Call, rows: RowChoice) -> Tensor | None:
+    """[B, H, R] of the chosen rows, the sinks' part added, where the attention returned it."""
+    if call.lse is None:
+        return None
+    lse = rows.slice(call.lse.detach().unsqueeze(-1)).squeeze(-1)
+    return lse if call.sinks is None else torch.logaddexp(lse, call.sinks.detach()[:, None].to(lse))
 
 
 def observe(
@@ -70,10 +80,10 @@ def observe(
 
     def tap(layer: int, call: Call) -> None:
         state = state_of(view, layer, call, tokens, choice, inputs)
-        check_mask(view, layer, state.visibility, call.mask)
+        check_mask(view, layer, state.visibility, call)
         see(layer, state.detach(), choice, tokens)
 
-    taps: dict[nn.Module, Tap] = {view.attentions[i]: partial(tap, i) for i in chosen}
+    taps: dict[nn.Module, Tap] = {view.attentions[i]: Tap(partial(tap, i)) for i in chosen}
     runnable: Any = model
     with torch.no_grad(), view.capturing(), tapped(taps):
         return runnable(**inputs)

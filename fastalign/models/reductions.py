@@ -123,9 +123,10 @@ def sink_scores(received: Tensor, columns: int | Tensor | None = None) -> Tensor
     Returns:
         [B, C], zeros beyond a sample's own columns and where all tokens receive the same.
     """
-    length = received.shape[-1]
-    count = torch.as_tensor(length if columns is None else columns).expand(received.shape[0])
-    own = torch.arange(length) < count[:, None]
+    length, device = received.shape[-1], received.device
+    count = torch.as_tensor(length if columns is None else columns, device=device)
+    count = count.expand(received.shape[0])
+    own = torch.arange(length, device=device) < count[:, None]
     size = count.clamp(min=1)[:, None]
     mean = (received * own).sum(-1, keepdim=True) / size
     spread = (((received - mean) * own).square().sum(-1, keepdim=True) / size).sqrt()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..api import fused_attn_align_loss
-from .capture import Call
+from .calls import Call
 from .controls import Disturb, compared_columns, disturbance
-from .grids import Grid, corresponding_rows, grids_of, resample
+from .grids import Relation, relate
 from .layer import (
     LayerState,
     concatenable,
@@ -52,9 +53,10 @@ class Step:
         self.inputs: dict[str, Inputs] = {"student": inputs}
         self.tokens = {"student": read_tokens(alignment.student, inputs)}
         self.losses: dict[int, Tensor] = {}
+        self.seen: set[int] = set()  # student layers that ran
         self.teacher_states: dict[int, LayerState] = {}
         self.uses: dict[int, int] = {}  # teacher layer -> student layers that still need it
-        self.grids: tuple[list[list[Grid]], list[list[Grid]]] | None = None  # teacher, student
+        self.relation: Relation | None = None  # to a teacher whose tokens are others
         self.samples = samples
         self.disturb: Disturb | None = None
         if alignment.cache is not None:
@@ -113,12 +115,12 @@ class Step:
                 f"{what} (batches of {list(student.valid.shape)} and {list(teacher.valid.shape)}); "
                 "allowed: the same tokens in both, or resample='area'"
             )
-        positions = corresponding_rows(self.rows.positions, student, teacher)
-        self.teacher_rows = RowChoice(positions, False, None)
-        self.grids = (
-            grids_of(view, teacher, self.inputs["teacher"]),
-            grids_of(self.owner.student, student, self.inputs["student"]),
+        self.relation = relate(
+            (self.owner.student, student, self.inputs["student"]),
+            (view, teacher, self.inputs["teacher"]),
+            self.rows,
         )
+        self.rows, self.teacher_rows = self.relation.rows, self.relation.teacher_rows
 
     # ------------------------------------------------------------------------- taps
 
@@ -130,12 +132,17 @@ class Step:
                 "teacher, then one of the student"
             )
         assert self.owner.teacher is not None
-        state = self._state(self.owner.teacher, layer, call).detach()
-        self.teacher_states[layer] = self.disturb(state) if self.disturb else state
+        with torch.inference_mode(False):  # the teacher may run in it, what is kept may not
+            state = self._state(self.owner.teacher, layer, call).detach()
+            if call.borrowed or call.key.is_inference():
+                state = state.copy()
+            if self.disturb:
+                state = replace(self.disturb(state), lse=None)
+        self.teacher_states[layer] = state
 
-    def see_student(self, layer: int, call: Call) -> None:
+    def see_student(self, layer: int, call: Call) -> Tensor:
         """Form the loss of a student layer; let go of teacher layers that no other needs."""
-        if layer in self.losses:
+        if layer in self.seen:
             raise RuntimeError(
                 f"student layer {layer} ran twice in one step; allowed: one forward of the "
                 "teacher, then one of the student (gradient accumulation: a step for each batch)"
@@ -152,11 +159,17 @@ class Step:
         with own_saving():
             state = self._state(self.owner.student, layer, call)
         teachers = [self.teacher_states[t].to(state.q.device) for t in group]
-        self.losses[layer] = self._pair_loss(layer, state, teachers)
+        loss = self._pair_loss(layer, state, teachers)
+        self.seen.add(layer)
         for t in group:
             self.uses[t] -= 1
             if not self.uses[t]:
                 del self.teacher_states[t]
+        return loss
+
+    def take(self, layer: int, loss: Tensor) -> None:
+        """Keep the loss of a student layer, as the student's graph has it."""
+        self.losses[layer] = loss
 
     def _state(self, view: ModelView, layer: int, call: Call) -> LayerState:
         tokens: Tokens = self.tokens[view.role]
@@ -164,7 +177,7 @@ class Step:
         state = state_of(view, layer, call, tokens, rows, self.inputs[view.role])
         checked = (view.role, layer, self.kind)
         if self.owner.check_masks and checked not in self.owner._checked:
-            check_mask(view, layer, state.visibility, call.mask)
+            check_mask(view, layer, state.visibility, call)
             self.owner._checked.add(checked)
         return state
 
@@ -172,7 +185,7 @@ class Step:
 
     def _pair_loss(self, layer: int, state: LayerState, teachers: list[LayerState]) -> Tensor:
         arguments: dict[str, Any] = {
-            "visual_mask": compared_columns(self.owner.columns, self.tokens["student"]),
+            "visual_mask": self._columns("student"),
             "attention_mask": state.visibility.segments >= 0,
             "segment_ids": state.visibility.segments,
             "block_ids": state.visibility.blocks,
@@ -183,11 +196,14 @@ class Step:
             "scale_s": state.scale,
             "softcap_s": state.softcap,
             "sink_s": state.sinks,
+            "lse_s": state.lse,
             "spec": self.owner.spec,
             "backend": self.owner.backend,
         }
         arguments = {name: _on(value, state.q.device) for name, value in arguments.items()}
         arguments.update(self._target(layer, state, teachers))
+        if not self._joint_softmax:  # what the model's attention normalised with is of no use
+            arguments.update(dict.fromkeys(("lse_s", "lse_t")))
         mix = None if self.owner.mix is None else self.owner.mix[str(layer)]
         return form_loss(partial(_call_core, arguments), state.q, state.k, mix)
 
@@ -205,7 +221,7 @@ class Step:
         alike = concatenable(teachers) and all(
             same_visibility(state.visibility, teacher.visibility) for teacher in teachers
         )
-        if alike and self.grids is None:
+        if alike and self.relation is None:
             teacher = concatenate(teachers)
             return {
                 "q_t": teacher.q,
@@ -213,22 +229,34 @@ class Step:
                 "scale_t": teacher.scale,
                 "softcap_t": teacher.softcap,
                 "sink_t": teacher.sinks,
+                "lse_t": teacher.lse,
             }
         device = state.q.device
-        columns = compared_columns(self.owner.columns, self.tokens["teacher"])
-        positions = self.teacher_rows.positions
+        columns, positions = self._columns("teacher"), self.teacher_rows.positions
         spec = self.owner.spec
         maps = [materialise(t, positions.to(device), columns.to(device), spec) for t in teachers]
         target = torch.stack(maps).mean(0) if spec.heads == "mean" else torch.cat(maps, dim=1)
+        if self.relation is not None:
+            target, positions = self.relation.apply(target), self.rows.positions
         target = first_rows(target, positions.to(device))
-        if self.grids is not None:
-            target = resample(target, *self.grids)
         if spec.compare == "pooled":
             raise ValueError(
                 "spec.compare is 'pooled' and the teacher's layers see other tokens than the "
                 "student's (or have another grid); allowed: 'map' or 'row', or layers that see the same"
             )
         return {"target": target}
+
+    def _columns(self, role: str) -> Tensor:
+        """[B, L] bool: the compared columns of a model."""
+        if self.relation is not None:
+            of_student = role == "student"
+            return self.relation.columns if of_student else self.relation.teacher_columns
+        return compared_columns(self.owner.columns, self.tokens[role])
+
+    @property
+    def _joint_softmax(self) -> bool:
+        """Whether the loss normalises as the model's own attention does."""
+        return self.owner.spec.sweeps_all_keys and self.owner.spec.temperature == 1
 
     # -------------------------------------------------------------------------- end
 

@@ -12,6 +12,13 @@ from torch import nn
 from .capture import capture_name
 from .families import Family, family_of
 
+#: How the bases are named, and the flag by which a decoder says that it can run them.
+_SUPPORTED = {
+    "sdpa": "_supports_sdpa",
+    "flash": "_supports_flash_attn",
+    "flex_attention": "_supports_flex_attn",
+}
+
 
 class ModelView:
     """What the alignment needs to know of one model.
@@ -67,11 +74,30 @@ class ModelView:
         happens twice a step.
         """
         before = self.text_config._attn_implementation
+        self.check_base(before or "eager")
         self.text_config._attn_implementation = capture_name(before or "eager")
         try:
             yield
         finally:
             self.text_config._attn_implementation = before
+
+    def check_base(self, base: str) -> None:
+        """Refuse an attention that the decoder cannot run, as transformers does where it is asked.
+
+        Raises:
+            ValueError: flash attention, sdpa or FlexAttention for a decoder without it.
+        """
+        decoder = self.model.get_decoder()
+        for kind, flag in _SUPPORTED.items():
+            # hub kernels are named like "kernels-community/flash-attn2"
+            asked = base.startswith(kind) or (kind == "flash" and "/flash" in base)
+            if asked and not getattr(decoder, flag, True):
+                able = [k for k, other in _SUPPORTED.items() if getattr(decoder, other, True)]
+                raise ValueError(
+                    f"{self.role}: the attention implementation is {base!r}, which "
+                    f"{type(decoder).__name__} does not support; allowed: "
+                    f"{', '.join(map(repr, ['eager', *able]))}"
+                )
 
     def check_checkpointing(self, layers: tuple[int, ...]) -> None:
         """Refuse reentrant gradient checkpointing, under which no gradient would reach q and k.

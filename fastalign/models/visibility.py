@@ -23,13 +23,31 @@ def layer_visibility(
 
     The window is the one that the layer passed to its attention; chunks are folded into segments,
     counted from the first valid position as transformers counts them. Whether a module says that it
-    is causal matters only where no mask is made for it (PaliGemma's says no, and has a mask).
+    is causal matters only where no mask is made for it (PaliGemma's says no, and has a mask). Flash
+    attention gets no such mask: it has neither blocks nor chunks, whatever the family, and finds
+    packed sequences by itself.
+
+    Raises:
+        ValueError: flash attention asked for what it would leave out (chunks), or for packed sequences
+            that run over the end of a sample.
     """
     kind = view.layer_type(layer)
-    segments = torch.zeros_like(tokens.valid, dtype=torch.int64)
-    if tokens.segments is not None:
+    chunked = kind == "chunked_attention"
+    if call.flash:
+        if chunked and tokens.valid.shape[1] > view.text_config.attention_chunk_size:
+            raise ValueError(
+                f"{view.role} layer {layer} has chunked attention, which flash attention leaves out; "
+                "allowed: sdpa or flex_attention for this model"
+            )
+        segments = _flash_segments(call, tokens.valid)
+        blocks, causal = None, call.causal
+    else:
         segments = tokens.segments
-    if kind == "chunked_attention":
+        blocks = view.family.blocks(view.config, inputs, kind)
+        causal = call.causal or call.mask is not None
+    if segments is None:
+        segments = torch.zeros_like(tokens.valid, dtype=torch.int64)
+    if chunked and not call.flash:
         length = tokens.valid.shape[1]
         place = torch.arange(length, device=tokens.valid.device)
         first = tokens.valid.to(torch.int8).argmax(-1, keepdim=True)
@@ -37,13 +55,40 @@ def layer_visibility(
             place - first, view.text_config.attention_chunk_size, rounding_mode="floor"
         )
         segments = segments * (length + 1) + chunk.clamp(min=0)
-    blocks = view.family.blocks(view.config, inputs, kind)
     return Visibility(
         segments=torch.where(tokens.valid, segments, -1).to(torch.int32),
         blocks=None if blocks is None else blocks.to(torch.int32),
-        causal=call.causal or call.mask is not None,
+        causal=causal,
         window=call.window or 0,
     )
+
+
+def _flash_segments(call: Call, valid: Tensor) -> Tensor | None:
+    """[B, L] the packed sequences that flash attention sees, as transformers tells it of them.
+
+    With a padding mask there are none. ``cu_seq_lens`` count through the flattened batch; without
+    them, positions of a batch of one that are not consecutive start anew at their smallest value.
+    """
+    if call.mask is not None:
+        return None
+    batch, length = valid.shape
+    if call.starts is not None:
+        inner = call.starts.to(valid.device)
+        samples = torch.arange(0, valid.numel(), length, device=inner.device)
+        if not bool(torch.isin(samples, inner).all()):
+            raise ValueError(
+                f"cu_seq_lens_q is {inner.tolist()} for a batch of {[batch, length]}; allowed: packed "
+                "sequences that end where a sample ends"
+            )
+        place = torch.arange(valid.numel(), device=inner.device)
+        return torch.searchsorted(inner.long(), place, right=True).reshape(batch, length)
+    at = call.positions
+    if at is None or at.dim() != 2 or batch != 1 or length == 1:
+        return None
+    at = at.to(valid.device)
+    if torch.equal(at - at.min(), torch.arange(length, device=at.device)[None]):
+        return None
+    return (at == at.min()).cumsum(-1)
 
 
 def same_visibility(a: Visibility, b: Visibility) -> bool:
@@ -55,13 +100,14 @@ def same_visibility(a: Visibility, b: Visibility) -> bool:
     return torch.equal(a.segments, b.segments)
 
 
-def check_mask(view: ModelView, layer: int, visibility: Visibility, mask: Any) -> None:
+def check_mask(view: ModelView, layer: int, visibility: Visibility, call: Call) -> None:
     """Compare the rebuilt visibility with the mask that the model made itself.
 
     Args:
-        mask: bool [B or 1, 1 or H, T, T], float of that shape (hidden where very negative), [B, T]
-            padding, or None (purely causal, nothing padded); other kinds are not looked at. At most
-            ``CHECKED_ROWS`` rows, evenly spread, are compared; padding rows are not.
+        call: its mask is bool [B or 1, 1 or H, T, T], float of that shape (hidden where very negative),
+            [B, T] padding, a BlockMask, or None (purely causal, nothing padded); other kinds are not
+            looked at. At most ``CHECKED_ROWS`` rows, evenly spread, are compared; padding rows are not.
+            Flash attention's tells of padding alone.
 
     Raises:
         RuntimeError: they differ: the loss would be of another attention than the model's.
@@ -70,8 +116,10 @@ def check_mask(view: ModelView, layer: int, visibility: Visibility, mask: Any) -
     device = visibility.segments.device
     count = min(length, CHECKED_ROWS)
     rows = torch.arange(count, device=device) * length // max(count, 1)
-    valid = visibility.segments >= 0
-    if isinstance(mask, Tensor) and mask.dim() == 2:
+    valid, mask = visibility.segments >= 0, call.mask
+    if call.flash and mask is None:
+        wrong = ~valid
+    elif isinstance(mask, Tensor) and mask.dim() == 2:
         wrong = (mask[:, -length:].to(device) != 0) != valid
     else:
         mine = visibility.full(rows.expand(batch, count))
@@ -80,6 +128,8 @@ def check_mask(view: ModelView, layer: int, visibility: Visibility, mask: Any) -
             if theirs.dtype != torch.bool:
                 theirs = theirs > torch.finfo(theirs.dtype).min / 2
             theirs = theirs[..., :length].expand(batch, count, length)
+        elif hasattr(mask, "mask_mod"):
+            theirs = _block_mask_rows(mask, rows, batch, length)
         elif mask is None:
             keys = torch.arange(length, device=device)
             theirs = (keys <= rows[:, None]) if visibility.causal else torch.ones_like(mine)
@@ -95,3 +145,14 @@ def check_mask(view: ModelView, layer: int, visibility: Visibility, mask: Any) -
             "order, sliding windows, chunks, packed sequences and the bidirectional blocks of the "
             "family"
         )
+
+
+def _block_mask_rows(mask: Any, rows: Tensor, batch: int, length: int) -> Tensor:
+    """[B, rows, L] of FlexAttention's mask, whose function is asked entry by entry."""
+    by_key = torch.vmap(mask.mask_mod, in_dims=(None, None, None, 0))
+    by_row = torch.vmap(by_key, in_dims=(None, None, 0, None))
+    by_sample = torch.vmap(by_row, in_dims=(0, None, None, None))
+    head = torch.zeros((), dtype=torch.int64, device=rows.device)
+    keys = torch.arange(length, device=rows.device)
+    seen: Tensor = by_sample(torch.arange(batch, device=rows.device), head, rows, keys)
+    return seen.expand(batch, len(rows), length)

@@ -42,6 +42,26 @@ def test_attention_received_and_relevance(name: str, rows: str) -> None:
         attention_received(model, inputs, columns="text")
 
 
+@pytest.mark.parametrize("rows", ["all", "text", "last"])
+def test_sink_scores_are_those_of_eager_weights(rows: str) -> None:
+    """Standard scores of the mean weight that each visual token receives, sample by sample."""
+    model, inputs = tiny.llava().eval(), tiny.batch(left=True)
+    received = attention_received(model, inputs, layers=[2], rows=rows)[2]
+    with torch.no_grad():
+        _, weights = eager.attentions(eager.eager_copy(model), inputs)
+    columns, valid = eager.visual_mask(model, inputs), inputs["attention_mask"].bool()
+    scores = sink_scores(received, columns.sum(-1))
+    for b in range(2):
+        chosen = valid[b] & ~columns[b] if rows == "text" else valid[b]
+        chosen = chosen.nonzero().flatten()[-1:] if rows == "last" else chosen
+        map = weights[2].mean(1)[b][chosen][:, columns[b]]
+        mean = map.sum(0) / (map > 0).sum(0).clamp(min=1)
+        expected = (mean - mean.mean()) / mean.std(unbiased=False)
+        assert expected.abs().max() > 1
+        torch.testing.assert_close(scores[b, : len(mean)], expected, rtol=1e-3, atol=1e-4)
+        assert not scores[b, len(mean) :].any()
+
+
 def test_a_sink_stands_out() -> None:
     scores = torch.tensor([[0.1, 0.1, 0.1, 0.9], [0.2, 0.4, 0.0, 0.0]])
     found = sink_scores(scores, torch.tensor([4, 2]))

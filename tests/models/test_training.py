@@ -165,25 +165,20 @@ def test_learned_mixing_trains_its_matrix() -> None:
     assert values[-1] < 0.9 * values[0]
 
 
-@pytest.mark.slow
-def test_layers_that_are_compiled() -> None:
-    """layer.compile(): the same loss and gradients, and no new graph from step to step."""
+@pytest.mark.parametrize("backend", ["auto", "tiled"])
+def test_a_teacher_in_inference_mode(backend: str) -> None:
+    """What is kept of it takes part in the student's graph like any other tensor."""
     student, teacher = pair()
-    batches = [tiny.batch(seed=seed) for seed in range(4)]
-    alignment = AttentionAlignment(student, teacher)
-    expected = []
-    for inputs in batches:
+    inputs = tiny.batch()
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
         student.zero_grad()
-        expected.append((train_once(alignment, student, teacher, inputs), eager.gradients(student)))
-    for model in (student, teacher):
-        for layer in model.get_decoder().layers:
-            layer.compile(fullgraph=False, backend="aot_eager")
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    frames: list[int] = []
-    for inputs, (loss, gradients) in zip(batches, expected, strict=True):
-        student.zero_grad()
-        assert train_once(alignment, student, teacher, inputs) == pytest.approx(loss, rel=1e-5)
-        assert eager.relative_error(eager.gradients(student), gradients) < 1e-4
-        frames.append(torch._dynamo.utils.counters["frames"]["ok"])
-    assert 0 < frames[1] == frames[-1]
+        alignment = AttentionAlignment(student, teacher, layers="all", backend=backend)
+        with alignment.step(inputs):
+            with mode():
+                teacher(**inputs)
+            out = student(**inputs)
+        (out.loss + alignment.loss()).backward()
+        found.append((alignment.loss().item(), eager.gradients(student)))
+    assert found[1][0] == found[0][0]
+    assert eager.relative_error(found[1][1], found[0][1]) < 1e-6

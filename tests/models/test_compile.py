@@ -1,0 +1,171 @@
+"""Layers that are compiled: one graph each, the same loss and gradients, nothing new from step to step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastalign.models import AttentionAlignment, visual_attention
+from tests.models import eager, tiny
+from tests.models.test_training import pair, train_once
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+def batch(**arguments: Any) -> dict[str, Any]:
+    """Without a cache, whose slots transformers would compile into every layer for itself."""
+    return {**tiny.batch(**arguments), "use_cache": False}
+
+
+class Graphs:
+    """A backend that keeps the graphs, and runs them with autograd traced ahead of time."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+
+    def __call__(self, graph: Any, examples: Any) -> Any:
+        from torch._dynamo.backends.debugging import aot_eager
+
+        self.found.append(graph)
+        return aot_eager(graph, examples)
+
+    def captures(self) -> int:
+        """Graphs that show a layer to its tap, also from within a checkpoint."""
+        return sum(
+            any("fastalign.see" in getattr(part, "code", "") for part in graph.modules())
+            for graph in self.found
+        )
+
+
+def compile_layers(*models: Any, fullgraph: bool) -> Graphs:
+    torch._dynamo.reset()
+    graphs = Graphs()
+    for model in models:
+        for layer in model.get_decoder().layers:
+            layer.compile(fullgraph=fullgraph, backend=graphs)
+    return graphs
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled_layers(fullgraph: bool, checkpointing: bool) -> None:
+    student, teacher = pair()
+    if checkpointing:
+        tiny.checkpoint_layers(student)
+    batches = [batch(seed=seed, left=bool(seed % 2)) for seed in range(4)]
+    alignment = AttentionAlignment(student, teacher)
+    expected = []
+    for inputs in batches:
+        student.zero_grad()
+        expected.append((train_once(alignment, student, teacher, inputs), eager.gradients(student)))
+    graphs = compile_layers(student, teacher, fullgraph=fullgraph)
+    counts = []
+    for inputs, (loss, gradients) in zip(batches, expected, strict=True):
+        student.zero_grad()
+        assert train_once(alignment, student, teacher, inputs) == pytest.approx(loss, rel=1e-5)
+        assert eager.relative_error(eager.gradients(student), gradients) < 1e-4
+        counts.append(len(graphs.found))
+    assert graphs.captures() >= 2
+    assert counts[1] == counts[-1]
+    assert not any(hasattr(a, "_fastalign_link") for a in alignment.student.attentions.values())
+
+    # accumulation: two forwards, then two backwards, each with its own gradients
+    student.zero_grad()
+    losses = []
+    for inputs in batches[:2]:
+        with alignment.step(inputs):
+            with torch.no_grad():
+                teacher(**inputs)
+            out = student(**inputs)
+        losses.append(out.loss + alignment.loss())
+    for loss in losses:
+        loss.backward()
+    summed = {name: expected[0][1][name] + expected[1][1][name] for name in expected[0][1]}
+    assert eager.relative_error(eager.gradients(student), summed) < 1e-4
+
+
+def test_a_compiled_model_outside_of_a_step_and_without_gradients() -> None:
+    student, teacher = pair()
+    inputs = batch()
+    plain = AttentionAlignment(student, teacher)
+    maps = visual_attention(teacher, inputs)
+    with torch.no_grad():
+        logits = student(**inputs).logits
+        with plain.step(inputs):
+            teacher(**inputs)
+            student(**inputs)
+    compile_layers(student, teacher, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(student(**inputs).logits, logits)
+        alignment = AttentionAlignment(student, teacher)
+        with alignment.step(inputs):
+            teacher(**inputs)
+            student(**inputs)
+    torch.testing.assert_close(alignment.loss(), plain.loss())
+    for layer, map in visual_attention(teacher, inputs).items():
+        torch.testing.assert_close(map, maps[layer])
+
+
+def test_a_learned_mix_over_compiled_layers() -> None:
+    student, teacher = pair()
+    inputs = batch()
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            compile_layers(student, teacher, fullgraph=True)
+        alignment = AttentionAlignment(student, teacher, spec="align_kd", layers={0: [0, 1]})
+        assert alignment.mix is not None
+        student.zero_grad()
+        loss = train_once(alignment, student, teacher, inputs)
+        found.append((loss, alignment.mix["0"].grad, eager.gradients(student)))
+    assert found[0][1].abs().max() > 0
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    torch.testing.assert_close(found[1][1], found[0][1])
+    assert eager.relative_error(found[1][2], found[0][2]) < 1e-4
+
+
+def test_a_compiled_student_without_its_teacher() -> None:
+    student, teacher = pair()
+    alignment, inputs = AttentionAlignment(student, teacher), batch()
+    compile_layers(student, teacher, fullgraph=True)
+    forgotten = pytest.raises(
+        RuntimeError, match=r"student layer 1 ran before teacher layers \[1\]"
+    )
+    with forgotten, alignment.step(inputs):
+        student(**inputs)
+
+
+def test_a_compiled_loss_whose_step_was_let_go_of() -> None:
+    student, teacher = pair()
+    alignment, inputs = AttentionAlignment(student, teacher), batch()
+    compile_layers(student, teacher, fullgraph=True)
+    with alignment.step(inputs) as step:
+        with torch.no_grad():
+            teacher(**inputs)
+        student(**inputs)
+    for loss in step.losses.values():
+        loss.grad_fn.metadata.clear()
+    with pytest.raises(
+        RuntimeError, match="the gradients of a compiled layer's alignment are gone"
+    ):
+        alignment.loss().backward()
+
+
+@pytest.mark.slow
+def test_layers_compiled_with_inductor() -> None:
+    """Generated code uses the memory of q and k again as soon as it can."""
+    student, teacher = tiny.llava(seed=2, layers=2).train(), tiny.llava(seed=1, layers=2).eval()
+    inputs = batch()
+    alignment = AttentionAlignment(student, teacher, layers="all")
+    loss = train_once(alignment, student, teacher, inputs)
+    gradients = eager.gradients(student)
+    torch._dynamo.reset()
+    for model in (student, teacher):
+        for layer in model.get_decoder().layers:
+            layer.compile(fullgraph=True)
+    for _ in range(2):
+        student.zero_grad()
+        assert train_once(alignment, student, teacher, inputs) == pytest.approx(loss, rel=1e-5)
+        assert eager.relative_error(eager.gradients(student), gradients) < 1e-4
