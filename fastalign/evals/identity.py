@@ -20,7 +20,8 @@ from .protocols import Ask
 
 def model_digest(model: Any) -> str:
     """Over the configuration and every parameter and buffer: name, type, shape and bytes."""
-    sha = hashlib.sha256(json.dumps(model.config.to_dict(), default=str, sort_keys=True).encode())
+    config = _without_places(model.config.to_dict())
+    sha = hashlib.sha256(json.dumps(config, default=str, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         plain = tensor.detach().cpu().contiguous().reshape(-1)
@@ -28,9 +29,19 @@ def model_digest(model: Any) -> str:
     return sha.hexdigest()
 
 
+def _without_places(value: Any) -> Any:
+    """The configuration without the folder that it was read from."""
+    if isinstance(value, dict):
+        return {k: _without_places(v) for k, v in value.items() if k != "_name_or_path"}
+    return value
+
+
 def processor_digest(processor: Any) -> str:
     """Over the files that it saves: vocabulary, chat template, the pictures' preparation."""
     sha = hashlib.sha256()
+    # The last call's padding would be saved, too; every call sets it anew.
+    processor.tokenizer.backend_tokenizer.no_padding()
+    processor.tokenizer.backend_tokenizer.no_truncation()
     with tempfile.TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*")):

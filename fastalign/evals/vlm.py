@@ -20,6 +20,9 @@ from .identity import model_digest, processor_digest
 from .images import Picture
 from .protocols import Ask, Reply
 
+#: Models whose attention is causal only behind a marked prefix.
+_PREFIX = ("paligemma",)
+
 
 @dataclass(frozen=True)
 class _Row:
@@ -74,7 +77,8 @@ class VisionLanguageModel:
         """One reply an ask; all have options, or none has.
 
         Raises:
-            TemplateError: the chat template changes an option, so that it cannot be found.
+            TemplateError: the chat template changes an option, so that it cannot be found; or the
+                model reads its input in both directions (PaliGemma) and an option has several tokens.
             SampleError: a picture that cannot be read.
         """
         if all(ask.options for ask in asks):
@@ -114,6 +118,11 @@ class VisionLanguageModel:
 
     def _compare(self, asks: Sequence[Ask]) -> list[Reply]:
         rows = [row for index, ask in enumerate(asks) for row in self._rows(index, ask)]
+        if self.model.config.model_type in _PREFIX and any(row.inside for row in rows):
+            raise TemplateError(
+                f"{self.model.config.model_type} reads its whole input in both directions, so that an "
+                "option of several tokens would see itself; allowed: options of one token, or generate"
+            )
         scores = [[0.0] * len(ask.options) for ask in asks]
         for start in range(0, len(rows), len(asks)):
             part = rows[start : start + len(asks)]

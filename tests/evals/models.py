@@ -181,7 +181,14 @@ def gemma3() -> Pair:
         image_seq_length=4,
         chat_template=TEMPLATE.replace("IMAGE", "<boi>"),
     )
-    text = _decoder(tf.Gemma3TextConfig, tokenizer, head_dim=8, sliding_window=8)
+    text = _decoder(
+        tf.Gemma3TextConfig,
+        tokenizer,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        tie_word_embeddings=False,
+    )
     config = tf.Gemma3Config(
         vision_config=_siglip(),
         text_config=text,
@@ -189,6 +196,7 @@ def gemma3() -> Pair:
         image_token_id=tokenizer.image_token_id,
         boi_token_id=tokenizer.boi_token_id,
         eoi_token_id=tokenizer.eoi_token_id,
+        tie_word_embeddings=False,
     )
     return _built(tf.Gemma3ForConditionalGeneration, config, processor)
 
