@@ -21,7 +21,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
 from itertools import accumulate
@@ -180,7 +180,7 @@ def main() -> None:
             write(file, lines, header)
 
 
-def write(file: TextIO, lines: list[tuple[object, ...]], header: bool) -> None:
+def write(file: TextIO, lines: Sequence[Sequence[object]], header: bool) -> None:
     """The lines as CSV."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerows([COLUMNS, *lines] if header else lines)

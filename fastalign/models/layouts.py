@@ -121,7 +121,7 @@ def _anyres_grid(config: Any, size: list[int], side: int) -> tuple[int, int]:
 
 def _from_pixtral(view: ModelView, inputs: Inputs, count: int) -> list[Layout] | None:
     sizes, vision = inputs.get("image_sizes"), getattr(view.config, "vision_config", None)
-    if sizes is None or getattr(vision, "model_type", None) != "pixtral":
+    if vision is None or sizes is None or vision.model_type != "pixtral":
         return None
     patch = vision.patch_size * getattr(view.config, "spatial_merge_size", 1)
     return [_plain((1, h // patch, w // patch)) for h, w in torch.as_tensor(sizes).tolist()]

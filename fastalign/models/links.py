@@ -44,7 +44,7 @@ class Link:
         self.number = torch.tensor(next(_numbers))
         self.parameter = parameter
         self.loss: Tensor | None = None
-        self.filed = _Filed(module, see)
+        self.filed = _Filed(module, see, parameter)
 
     def collect(self) -> Tensor | None:
         """The loss that a compiled layer left, with its gradients kept alive by its graph."""
@@ -52,15 +52,19 @@ class Link:
         if loss is None or not self.filed.seen:
             return None
         if loss.grad_fn is not None:
-            loss.grad_fn.metadata["fastalign"] = self.filed
+            kept: Any = loss.grad_fn.metadata
+            kept["fastalign"] = self.filed
         return loss
 
 
 class _Filed:
     """The tap of a link, and the gradients that it formed: by query, key and parameter."""
 
-    def __init__(self, module: nn.Module, see: Callable[[Call], Tensor | None]) -> None:
+    def __init__(
+        self, module: nn.Module, see: Callable[[Call], Tensor | None], parameter: Tensor | None
+    ) -> None:
         self.module = module
+        self.parameter = parameter
         self.see: Callable[[Call], Tensor | None] | None = see
         self.seen = False
         self.gradients: tuple[Tensor | None, ...] = ()
@@ -153,8 +157,7 @@ def _see(
     masked: bool,
     grad: bool,
 ) -> Tensor:
-    loss = _see_fake(query)
-    loss.zero_()
+    loss = _scalar(query).zero_()
     filed = _files.get(int(number))
     if filed is None or filed.see is None or torch._C._current_graph_task_id() != -1:
         return loss
@@ -182,15 +185,18 @@ def _see(
         if result is None:
             return loss
         if grad:
-            wanted = [query, key] if parameter is None else [query, key, parameter]
-            filed.gradients = torch.autograd.grad(result, wanted, allow_unused=True)
+            wanted = [query, key, *([] if filed.parameter is None else [filed.parameter])]
+            filed.gradients = torch.autograd.grad(result, wanted)
     return loss.copy_(result.detach())
 
 
-@torch.library.register_fake("fastalign::see")
-def _see_fake(query: Tensor, *_: Any) -> Tensor:
+def _scalar(query: Tensor, *_: Any) -> Tensor:
+    """The loss of a layer, not yet written."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty((), dtype=dtype)
+    return torch.empty((), dtype=dtype, device=query.device)
+
+
+torch.library.register_fake("fastalign::see", _scalar)
 
 
 @torch.library.impl("fastalign::see_backward", "default")
@@ -204,23 +210,26 @@ def _see_backward(
             "the backward; allowed: backward while the step's loss is alive"
         )
     found = () if filed is None else filed.gradients
-    given = [*found, *[None] * (3 - len(found))]
-    q, k, p = (
-        torch.zeros_like(x) if g is None else (g * upstream.to(g.dtype)).to(x.dtype)
-        for x, g in zip(
-            (query, key, upstream if parameter is None else parameter), given, strict=True
-        )
-    )
-    return q, k, p
+    given: list[Tensor | None] = [*found, *[None] * (3 - len(found))]
+    outputs = _like(upstream, number, query, key, parameter)
+    for out, gradient in zip(outputs, given, strict=True):
+        if gradient is None:
+            out.zero_()
+        else:
+            out.copy_(gradient).mul_(upstream)
+    return outputs
 
 
-@torch.library.register_fake("fastalign::see_backward")
-def _see_backward_fake(
+def _like(
     upstream: Tensor, number: Tensor, query: Tensor, key: Tensor, parameter: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by query, key and parameter, not yet written, contiguous whatever the inputs are."""
     like = (query, key, upstream if parameter is None else parameter)
-    q, k, p = (torch.empty_like(x) for x in like)
+    q, k, p = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like)
     return q, k, p
+
+
+torch.library.register_fake("fastalign::see_backward", _like)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

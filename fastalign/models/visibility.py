@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..select import Visibility
-from .capture import Call
+from .calls import Call
 from .tokens import Inputs, Tokens
 from .view import ModelView
 

@@ -138,7 +138,8 @@ FOOTER = """
 Attention sinks (GPT-OSS) take part in the softmax; the alignment gives the sink logits themselves no
 gradient, and the comparison above leaves them out. Qwen3.5's linear-attention layers have no map.
 Gemma 3 and 4 hide keys beyond the sliding window even inside an image; where an image is longer than
-the window, this cannot be stated to the loss, and the step is refused.
+the window, this cannot be stated to the loss, and the step is refused. Flash attention, FlexAttention,
+compiled layers and other patch grids: [capture.md](capture.md).
 """
 
 
