@@ -136,6 +136,18 @@ def test_options_and_generation_do_not_mix(llava: Pair) -> None:
         vlm.reply([asks(True)[0], asks(False)[1]])
 
 
+def test_a_prompt_whose_end_joins_the_option_scores_the_same(llava: Pair) -> None:
+    """With a space at the prompt's end the tokenizer makes another last token of it than of " yes"."""
+    usual = llava.processor.chat_template
+    spaced = usual.replace("assistant:{% endif %}", "assistant: {% endif %}")
+    assert spaced != usual
+    ask = asks(options=True)[0]
+    double = dataclasses.replace(llava, model=PAIRS["llava"]().model.double())
+    vlm = VisionLanguageModel(double.model, double.processor, spaced)
+    expected = [plainly(double, ask, option) for option in ask.options]
+    assert list(vlm.reply([ask])[0].scores) == pytest.approx(expected, rel=0, abs=1e-9)
+
+
 def test_a_template_that_does_not_append_is_refused(llava: Pair) -> None:
     template = (
         "{% for m in messages %}{% for p in m.content %}"
