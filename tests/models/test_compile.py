@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,8 +155,9 @@ def test_a_compiled_loss_whose_step_was_let_go_of() -> None:
 
 
 @pytest.mark.slow
-def test_layers_compiled_with_inductor() -> None:
+def test_layers_compiled_with_inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Generated code uses the memory of q and k again as soon as it can."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing of an older version
     student, teacher = tiny.llava(seed=2, layers=2).train(), tiny.llava(seed=1, layers=2).eval()
     inputs = batch()
     alignment = AttentionAlignment(student, teacher, layers="all")

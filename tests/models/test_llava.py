@@ -201,6 +201,9 @@ def test_nothing_remains_after_a_step() -> None:
     assert student.config.to_json_string() == config
     assert alignment._step is not None
     assert not alignment._step.teacher_states
+    alignment.release()
+    with pytest.raises(RuntimeError, match="no step was completed"):
+        alignment.loss()
     after = student.generate(**prompt, max_new_tokens=4, do_sample=False)
     assert torch.equal(before, after)
 
