@@ -5,9 +5,10 @@ BIN    := $(VENV)/bin
 # two workers, one thread each: the tests are many small ones
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo demo-recipe test test-slow lint clean
 help:
 	@echo "make demo       distil a small student on images and show the result (minutes, CPU)"
+	@echo "make demo-recipe  the same world through fastalign distill: three stages from a YAML recipe"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make lint       ruff and mypy"
@@ -22,6 +23,11 @@ $(VENV)/.ready: requirements.txt pyproject.toml setup.py
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m examples.shapes.demo
+
+demo-recipe: $(VENV)/.ready
+	$(BIN)/python -m examples.recipes.shapes_data --out out/shapes
+	$(BIN)/fastalign distill examples/recipes/shapes.yaml --resume
+	$(BIN)/python -m examples.recipes.shapes_scores out/shapes/run
 
 test: $(VENV)/.ready
 	$(PYTEST) -m "not slow and not gpu" tests
