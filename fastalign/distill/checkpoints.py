@@ -23,7 +23,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     A process that dies inside leaves ``target`` as it was; what it had written lies in a ``.saving``
     folder beside it, which the next use removes.
+
+    Raises:
+        SaveError: the disk (or whoever writes to it) refused; ``target`` is as it was.
     """
+    from safetensors import SafetensorError
+
     staging = target.parent / STAGING / target.name
     if staging.exists():
         shutil.rmtree(staging)
@@ -31,6 +36,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         yield staging
         put_in_place(staging, target)
+    # torch's writer raises RuntimeError where the disk is full, safetensors its own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(staging.parent, ignore_errors=True)
+        raise SaveError(f"{target} could not be written: {error}") from error
     except BaseException:
         shutil.rmtree(staging.parent, ignore_errors=True)
         raise

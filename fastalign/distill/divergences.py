@@ -26,7 +26,7 @@ def check_divergence(divergence: str, temperature: float) -> None:
 
 
 def token_divergence(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
-    """[n, V] log-probabilities -> [n], in nats.
+    """[n, V] log-probabilities -> [n], in nats; a sum over the vocabulary, so pieces of it add up.
 
     ``forward_kl``: KL(teacher || student). ``reverse_kl``: KL(student || teacher). ``js``: half of
     each one's KL to the mean of both.
@@ -39,18 +39,30 @@ def token_divergence(student: Tensor, teacher: Tensor, divergence: str) -> Tenso
     return (_kl(teacher, middle) + _kl(student, middle)) / 2
 
 
-def logit_gradient(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
+def gradient_centre(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
+    """[n]: what ``logit_gradient`` needs of the whole vocabulary; a sum over it, so pieces add up."""
+    if divergence == "forward_kl":
+        return student.new_zeros(len(student))
+    return (student.exp() * _slope(student, teacher, divergence)).sum(-1)
+
+
+def logit_gradient(student: Tensor, teacher: Tensor, divergence: str, centre: Tensor) -> Tensor:
     """d token_divergence / d (logits whose log-softmax ``student`` is) -> [n, V].
 
-    With p = softmax(z) and dD/dp = g: dD/dz = p (g - sum p g). forward_kl: p - p_t.
+    With p = softmax(z) and dD/dp = g: dD/dz = p (g - sum p g); ``centre`` is that sum, over the whole
+    vocabulary, whatever piece of it is given. forward_kl: p - p_t.
     """
     p = student.exp()
     if divergence == "forward_kl":
         return p - teacher.exp()
-    # The constants in g (+1) fall out, because p sums to one.
-    other = teacher if divergence == "reverse_kl" else _log_mean(student, teacher)
-    g = student - other if divergence == "reverse_kl" else (student - other) / 2
-    return p * (g - (p * g).sum(-1, keepdim=True))
+    return p * (_slope(student, teacher, divergence) - centre.unsqueeze(-1))
+
+
+def _slope(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
+    """dD/dp of reverse_kl and js, without constants: these fall out, because p sums to one."""
+    if divergence == "reverse_kl":
+        return student - teacher
+    return (student - _log_mean(student, teacher)) / 2
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

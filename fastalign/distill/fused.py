@@ -1,28 +1,38 @@
-"""Output projection, cross-entropy and logit distillation in one, a few tokens at a time.
+"""Output projection, cross-entropy and logit distillation in one, a tile of tokens x vocabulary at a time.
 
 With the last hidden states h [n, d] and the head W [V, d], the logits h W^T exist for one block of
-tokens only: n x V is never held. At 4,096 tokens and a vocabulary of 151,936 one float32 copy of the
-logits is 2.3 GiB, and plain autograd keeps several of them for each model.
+tokens and one piece of the vocabulary only: n x V is never held, of neither model. At 4,096 tokens and a
+vocabulary of 151,936 one float32 copy of the logits is 2.3 GiB, and plain autograd keeps several of them
+for each model.
 
-The gradient is formed in the forward, while a block's logits are there:
+The gradient is formed in the forward, while a tile's logits are there:
 
     dz = w_lm (softmax(z) - onehot(target)) + w_kd T dD/d(z/T),    dh = dz W,    dW += dz^T h
 
 (T^2 of the definition times 1/T of the chain rule leaves one T), and backward only multiplies it by
 the upstream scalar. So the weights of the two terms must be known here.
+
+The softmax of a block needs its whole vocabulary: a first sweep over the pieces accumulates log-sum-exps,
+a second one forms losses and gradients from them. reverse_kl and js need one more between them, for a sum
+that their gradient subtracts. A block whose vocabulary is in one piece computes its logits once and keeps
+them for all sweeps; in several pieces it computes them again.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .divergences import check_divergence, logit_gradient, token_divergence
+from .divergences import check_divergence, gradient_centre, logit_gradient, token_divergence
 
 DEFAULT_BLOCK_BYTES = 64 * 2**20
-"""Of one float32 block of logits; about six blocks are alive at once."""
+"""Of one float32 tile of logits; about seven such tiles are alive at once."""
+MIN_ROWS = 64
+"""The vocabulary is cut where a tile of that many tokens would be larger: fewer make slow products."""
 
 
 class FusedLosses(NamedTuple):
@@ -56,7 +66,7 @@ def fused_linear_losses(
             reaches them.
         lm_weight, kd_weight: of the two sums in ``total``.
         divergence, temperature: see ``losses.kd_sum``.
-        block_bytes: of the logits that are held at a time; at least one token's.
+        block_bytes: of a tile of logits; at least one of one token.
 
     Logits are formed in ``hidden``'s type (the head is cast to it) and reduced in float32, or in
     float64 throughout for float64 inputs.
@@ -119,6 +129,7 @@ def _sweep(
     needs: tuple[bool, bool],
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
     """(lm, kd) and the gradients of total with respect to hidden and weight, where asked for."""
+    hidden = hidden.detach()
     wide = torch.promote_types(hidden.dtype, torch.float32)
     head = weight.detach().to(hidden.dtype)
     if teacher is not None:
@@ -127,41 +138,158 @@ def _sweep(
     grad_hidden = torch.zeros_like(hidden) if needs[0] else None
     # Summed over the blocks in at least float32; a bfloat16 sum would lose the late blocks.
     grad_weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
-    # A vocabulary shared by both sides in part needs its own student softmax over that part.
-    shared = len(head) if teacher is None else min(len(head), len(teacher[1]))
-    block = max(1, options.block_bytes // (max(1, len(head)) * wide.itemsize))
-    for start in range(0, len(hidden), block):
-        rows = slice(start, start + block)
-        h = hidden.detach()[rows]
-        logits = (h @ head.T).to(wide)
-        dz = torch.zeros_like(logits) if any(needs) else None
-        if targets is not None:
-            log_s = logits.log_softmax(-1)
-            chosen = targets[rows, None]
-            lm -= log_s.gather(1, chosen).sum()
-            if dz is not None:
-                dz += log_s.exp_().scatter_add_(1, chosen, torch.full_like(log_s[:, :1], -1.0))
-                dz *= options.lm_weight
-            del log_s
-        if teacher is not None:
-            temperature = options.temperature
-            log_s = (logits[:, :shared] / temperature).log_softmax(-1)
-            log_t = (teacher[0][rows] @ teacher[1][:shared].T).to(wide)
-            log_t = log_t.div_(temperature).log_softmax(-1)
-            kd += token_divergence(log_s, log_t, options.divergence).sum() * temperature**2
-            if dz is not None:
-                step = logit_gradient(log_s, log_t, options.divergence)
-                dz[:, :shared].add_(step, alpha=options.kd_weight * temperature)
-        if dz is None:
-            continue
-        dz_narrow = dz.to(hidden.dtype)
-        if grad_hidden is not None:
-            grad_hidden[rows] = dz_narrow @ head
-        if grad_weight is not None:
-            grad_weight += dz_narrow.T @ h
+    rows, columns = tile_shape(len(hidden), len(head), options.block_bytes // wide.itemsize)
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        theirs = None if teacher is None else (teacher[0][part], teacher[1])
+        chosen = None if targets is None else targets[part]
+        block = _Block(hidden[part], head, chosen, theirs, columns, wide, options)
+        of_hidden = torch.zeros_like(block.h, dtype=wide) if needs[0] else None
+        for place, tile in block.losses(gradient=any(needs)):
+            lm += tile.lm
+            kd += tile.kd
+            if tile.dz is None:
+                continue
+            dz = tile.dz.to(hidden.dtype)
+            if of_hidden is not None:
+                of_hidden += dz @ head[place]
+            if grad_weight is not None:
+                grad_weight[place] += dz.T @ block.h
+        if grad_hidden is not None and of_hidden is not None:
+            grad_hidden[part] = of_hidden.to(hidden.dtype)
     if grad_weight is not None:
         grad_weight = grad_weight.to(weight.dtype)
     return (lm, kd), (grad_hidden, grad_weight)
+
+
+def tile_shape(tokens: int, vocabulary: int, entries: int) -> tuple[int, int]:
+    """(tokens, vocabulary) of a tile of at most ``entries`` logits, and of at least one.
+
+    The whole vocabulary where MIN_ROWS tokens of it fit, since every cut costs the products again.
+    """
+    rows = max(1, min(tokens, max(MIN_ROWS, entries // max(1, vocabulary))))
+    rows = min(rows, max(1, entries))
+    return rows, max(1, min(vocabulary, entries // rows))
+
+
+class _Tile(NamedTuple):
+    """Sums over a tile, and the gradient with respect to its logits [r, v]."""
+
+    lm: Tensor
+    kd: Tensor
+    dz: Tensor | None
+
+
+class _LogSum:
+    """The log-sum-exp of rows that come in pieces, as largest + rest: z - largest loses no digits."""
+
+    def __init__(self, rows: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.largest = torch.full((rows,), -math.inf, device=device, dtype=dtype)
+        self.rest = torch.zeros_like(self.largest)
+
+    def add(self, z: Tensor) -> None:
+        largest = torch.maximum(self.largest, z.amax(-1))
+        here = (z - largest.unsqueeze(1)).exp_().sum(-1)
+        self.rest = (self.rest.exp() * (self.largest - largest).exp() + here).log()
+        self.largest = largest
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """log softmax of a piece: [r, v]."""
+        return (z - self.largest.unsqueeze(1)).sub_(self.rest.unsqueeze(1))
+
+
+class _Block:
+    """A block of tokens: h [r, d] with its targets [r] and the teacher's ([r, d_t], [V_t, d_t])."""
+
+    def __init__(
+        self,
+        h: Tensor,
+        head: Tensor,
+        targets: Tensor | None,
+        teacher: tuple[Tensor, Tensor] | None,
+        columns: int,
+        wide: torch.dtype,
+        options: _Options,
+    ) -> None:
+        self.h, self.head, self.targets, self.teacher = h, head, targets, teacher
+        self.wide, self.options = wide, options
+        self.places = [slice(c, min(c + columns, len(head))) for c in range(0, len(head), columns)]
+        # A vocabulary shared by both sides in part needs its own student softmax over that part.
+        self.shared = 0 if teacher is None else min(len(head), len(teacher[1]))
+        self._kept: tuple[Tensor, Tensor | None] | None = None
+
+    def logits(self, place: slice) -> tuple[Tensor, Tensor | None]:
+        """(student's [r, v], teacher's [r, v'] / T over the shared part of the piece or None)."""
+        if self._kept is not None:
+            return self._kept
+        z = (self.h @ self.head[place].T).to(self.wide)
+        both = slice(place.start, min(place.stop, self.shared))
+        z_t = None
+        if self.teacher is not None and both.start < both.stop:
+            z_t = (self.teacher[0] @ self.teacher[1][both].T).to(self.wide)
+            z_t = z_t.div_(self.options.temperature)
+        if len(self.places) == 1:
+            self._kept = (z, z_t)
+        return z, z_t
+
+    def losses(self, *, gradient: bool) -> Iterator[tuple[slice, _Tile]]:
+        """Every piece of the vocabulary with its share of the sums."""
+        lm_sum, *kd_sums = self._log_sums()
+        divergence, temperature = self.options.divergence, self.options.temperature
+        centre = torch.zeros_like(lm_sum.rest)
+        if gradient and self.shared and divergence != "forward_kl":
+            for place in self.places:
+                z, z_t = self.logits(place)
+                if z_t is not None:
+                    log_s, log_t = self._log_probabilities(z, z_t, kd_sums)
+                    centre += gradient_centre(log_s, log_t, divergence)
+                    del log_s, log_t
+        for place in self.places:
+            z, z_t = self.logits(place)
+            lm = kd = centre.new_zeros(())
+            dz: Tensor | None = None
+            if self.targets is not None:
+                at, inside = self._targets_in(place)
+                log_p = lm_sum.normalise(z)
+                lm = -torch.where(inside, log_p.gather(1, at).squeeze(1), 0.0).sum()
+                if gradient:
+                    dz = log_p.exp_()
+                    dz.scatter_add_(1, at, -inside.to(dz.dtype).unsqueeze(1))
+                    dz *= self.options.lm_weight
+            if z_t is not None:
+                log_s, log_t = self._log_probabilities(z, z_t, kd_sums)
+                kd = token_divergence(log_s, log_t, divergence).sum() * temperature**2
+                if gradient:
+                    step = logit_gradient(log_s, log_t, divergence, centre)
+                    dz = torch.zeros_like(z) if dz is None else dz
+                    dz[:, : step.shape[1]].add_(step, alpha=self.options.kd_weight * temperature)
+                    del step
+                del log_s, log_t
+            yield place, _Tile(lm, kd, dz)
+
+    def _log_sums(self) -> list[_LogSum]:
+        """The student's for the LM, the student's and the teacher's for the KD (over T, shared part)."""
+        sums = [_LogSum(len(self.h), self.h.device, self.wide) for _ in range(3)]
+        for place in self.places:
+            z, z_t = self.logits(place)
+            if self.targets is not None:
+                sums[0].add(z)
+            if z_t is not None:
+                sums[1].add(z[:, : z_t.shape[1]] / self.options.temperature)
+                sums[2].add(z_t)
+        return sums
+
+    def _log_probabilities(
+        self, z: Tensor, z_t: Tensor, sums: list[_LogSum]
+    ) -> tuple[Tensor, Tensor]:
+        ours = z[:, : z_t.shape[1]] / self.options.temperature
+        return sums[0].normalise(ours), sums[1].normalise(z_t)
+
+    def _targets_in(self, place: slice) -> tuple[Tensor, Tensor]:
+        """([r, 1] the targets' places in the piece, 0 where elsewhere; [r] bool: inside)."""
+        assert self.targets is not None
+        inside = (self.targets >= place.start) & (self.targets < place.stop)
+        return torch.where(inside, self.targets - place.start, 0).unsqueeze(1), inside
 
 
 def _check(

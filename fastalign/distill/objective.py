@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..maths import unit_count
 from ..models import AttentionAlignment
 from ..models.controls import compared_columns
 from ..models.tokens import Tokens, choose_rows, has_images, read_tokens
@@ -23,7 +24,7 @@ from ..models.view import ModelView
 from .features import hidden_sum, relation_loss
 from .fused import fused_linear_losses
 from .heads import HeadTap, check_headless, tapped_head
-from .losses import kd_sum, lm_sum, predicted, predicting
+from .losses import kd_sum, lm_sum, predicted, predicting, wide
 from .terms import Losses
 from .timing import Stopwatch
 from .vision import same_tower, shared_tower
@@ -85,7 +86,8 @@ class Objective:
             widths = [v.text_config.hidden_size for v in (self.student, self.teacher)]
             if widths[0] != widths[1]:
                 head = self.student.model.get_output_embeddings().weight
-                self.extra["projection"] = nn.Linear(widths[0], widths[1], device=head.device)
+                dtype = torch.promote_types(head.dtype, torch.float32)
+                self.extra["projection"] = nn.Linear(*widths, device=head.device, dtype=dtype)
         if self.alignment is not None and self.alignment.mix is not None:
             self.extra["mix"] = self.alignment.mix
         self._checked = False
@@ -122,7 +124,7 @@ class Objective:
         )
 
     def _alignment_units(self, tokens: Tokens, batch: Batch) -> float:
-        """How many units a matched pair compares: ``maths.unit_count`` from the tokens alone."""
+        """How many units a matched pair compares, from the tokens alone: 0 where there is none."""
         alignment = self.alignment
         spec = self.losses.spec()
         if alignment is None or self.whole_step or spec.reduction == "sum":
@@ -133,8 +135,8 @@ class Objective:
         positions = choose_rows(rule, tokens, batch).positions
         columns = compared_columns(alignment.columns, tokens)
         seen = (columns.cumsum(-1) > 0) if spec.causal else columns.any(-1, True)
-        seen = seen.expand_as(tokens.valid).gather(1, positions.clamp(min=0)) & (positions >= 0)
-        units = seen.sum() if spec.compare == "row" else seen.any(-1).sum()
+        used = positions >= 0
+        seen = seen.expand_as(tokens.valid).gather(1, positions.clamp(min=0)) & used
         groups = 1
         if spec.heads == "each":
             groups = self.student.text_config.num_attention_heads
@@ -142,7 +144,9 @@ class Objective:
             assert self.teacher is not None
             windows = {len(group) for group in alignment.matching.values()}
             groups = self.teacher.text_config.num_attention_heads * max(windows)
-        return float(units) * groups
+        if not seen.any():  # the loss divides by 1 there, the step's count must not grow
+            return 0.0
+        return float(unit_count(spec, used.double(), seen.double(), groups))
 
     # ----------------------------------------------------------------------- counts
 
@@ -244,7 +248,7 @@ class Objective:
         if "hidden" in scaled:
             ours = states["student"][tokens.valid]
             if "projection" in self.extra:
-                ours = self.extra["projection"](ours)
+                ours = self.extra["projection"](wide(ours))
             theirs = states["teacher"][tokens.valid].to(ours.device)
             sums["hidden"] = hidden_sum(ours, theirs, self.losses.hidden_distance)
             parts.append(scaled["hidden"] * sums["hidden"])

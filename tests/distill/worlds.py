@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..models import tiny
 
 
@@ -57,7 +55,3 @@ def write_llava(folder: Path, count: int = 6, *, size: int = 48) -> Path:
 def pair(**student: Any) -> tuple[Any, Any]:
     """(student, teacher) of different width, heads and depth."""
     return tiny.llava(layers=2, heads=2, **student), tiny.llava(layers=3, heads=4, seed=1)
-
-
-def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
