@@ -56,6 +56,7 @@ def test_a_delimited_letter_is_a_choice(answer: str, index: int) -> None:
         "",
         "A dog",
         "a dog on a lawn",
+        "A (small) dog on a lawn",
         "A cat and a dog, playing",
         "The answer is a dog",
         "The answer is A dog on a lawn",

@@ -117,11 +117,9 @@ def test_too_many_pixels_are_refused_before_decoding() -> None:
         whole = kind + data
         return struct.pack(">I", len(data)) + whole + struct.pack(">I", zlib.crc32(whole))
 
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", 8_000, 8_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
-    with pytest.raises(
-        SampleError, match=f"here: its image has 60000 x 60000 pixels.*{MAX_PIXELS}|bomb"
-    ):
+    with pytest.raises(SampleError, match=f"here: its image has 8000 x 8000 pixels.*{MAX_PIXELS}"):
         Picture("here", Encoded(lambda: bomb)).load()
 
 

@@ -89,6 +89,21 @@ def test_a_crash_loses_one_batch_and_nothing_is_asked_again(
     assert third.asked == []
 
 
+def test_each_batch_is_flushed_to_the_disk_before_the_next(
+    samples: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out" / "replies.jsonl"
+    flushed = []
+
+    def fsync(descriptor: int) -> None:
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            flushed.append(path.read_bytes().count(b"\n"))
+
+    monkeypatch.setattr("fastalign.evals.runner.os.fsync", fsync)
+    evaluate(POPE, samples, Told(oracle), tmp_path / "out", batch_size=5)
+    assert flushed == [5, 10, 12]
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
