@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from .clock import Clock, cpu_clock
 from .shapes import Shape
 
 
@@ -21,41 +21,46 @@ class Ceilings:
     exp: float
     copy: float
 
-    def floor_seconds(self, shape: Shape) -> tuple[float, float]:
-        """The least (GEMM, exponential) time of one forward and backward of a shape.
+    def floor_seconds(self, shape: Shape, mode: str = "fwd+bwd") -> tuple[float, float]:
+        """The least (GEMM, exponential) time of one step of a shape.
 
-        Per visible (row, key, head): the student's scores, their recomputation, dq and dk are 8 D FLOP,
-        the teacher's scores 2 D; exponentials 2 and 1.
+        Per visible (row, key, head): the scores of both models, 2 D FLOP; with gradients the student's
+        recomputation, dq and dk, 6 D more; exponentials 1 for each model, and 1 more for the student.
         """
         (h_s, h_t), pairs = shape.heads, shape.pairs()
-        flops = pairs * shape.size * (8 * h_s + 2 * h_t)
+        again = mode == "fwd+bwd"
+        flops = pairs * shape.size * ((8 if again else 2) * h_s + 2 * h_t)
         rate = max(self.gemm["float32"], self.gemm.get(str(shape.dtype).removeprefix("torch."), 0))
-        return flops / rate, pairs * (2 * h_s + h_t) / self.exp
+        return flops / rate, pairs * ((2 if again else 1) * h_s + h_t) / self.exp
+
+    def metrics(self) -> dict[str, float]:
+        """By name, in GFLOP/s, billions of exponentials a second, GB/s."""
+        named = {f"gemm_{dtype}_gflops": rate / 1e9 for dtype, rate in self.gemm.items()}
+        return {**named, "exp_g_per_s": self.exp / 1e9, "copy_gb_per_s": self.copy / 1e9}
 
 
-def _rate(work: float, run: Callable[[], object], repeats: int = 9) -> float:
+def _rate(work: float, run: Callable[[], object], clock: Clock, repeats: int = 9) -> float:
     run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return work / statistics.median(times)
+    return work / (1e-3 * statistics.median(clock(run) for _ in range(repeats)))
 
 
-def measure() -> Ceilings:
+def measure(device: str = "cpu", clock: Clock = cpu_clock) -> Ceilings:
     """The best product of several shapes for each type; exponentials in cache; a copy out of it."""
+    small = ((200, 1100, 128), (1100, 128, 200), (1024, 1024, 1024), (512, 4096, 128))
+    large = ((2048, 2048, 2048), (8192, 8192, 8192))
     gemm = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         best = 0.0
-        for m, n, k in ((200, 1100, 128), (1100, 128, 200), (1024, 1024, 1024), (512, 4096, 128)):
-            a, b = torch.rand(m, k).to(dtype), torch.rand(k, n).to(dtype)
-            out = torch.empty(m, n, dtype=dtype)
-            best = max(best, _rate(2.0 * m * n * k, partial(torch.mm, a, b, out=out)))
+        for m, n, k in small if device == "cpu" else large:
+            a = torch.rand(m, k, device=device).to(dtype)
+            b = torch.rand(k, n, device=device).to(dtype)
+            out = torch.empty(m, n, dtype=dtype, device=device)
+            best = max(best, _rate(2.0 * m * n * k, partial(torch.mm, a, b, out=out), clock))
         gemm[str(dtype).removeprefix("torch.")] = best
-    x = -torch.rand(2**17)
+    size = 2**17 if device == "cpu" else 2**22
+    x = -torch.rand(size, device=device)
     y = torch.empty_like(x)
-    exp = _rate(2.0**17 * 20, lambda: [torch.exp(x, out=y) for _ in range(20)])
-    big, other = torch.rand(2**25), torch.empty(2**25)
-    copy = _rate(2 * 4 * 2.0**25, lambda: other.copy_(big))
+    exp = _rate(size * 20.0, lambda: [torch.exp(x, out=y) for _ in range(20)], clock)
+    big, other = torch.rand(2**25, device=device), torch.empty(2**25, device=device)
+    copy = _rate(2 * 4 * 2.0**25, lambda: other.copy_(big), clock)
     return Ceilings(gemm, exp, copy)
