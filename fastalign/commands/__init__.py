@@ -8,6 +8,7 @@ import typer
 
 from .._version import __version__
 from .ablate import ablate
+from .analyze import analyze
 from .distill import distill
 from .eval import evaluate
 from .init import init
@@ -29,6 +30,7 @@ def build_app() -> typer.Typer:
     app.command()(init)
     app.command()(distill)
     app.command(name="eval")(evaluate)
+    app.command()(analyze)
     app.command()(ablate)
     app.command()(prune)
     return app
