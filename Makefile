@@ -5,13 +5,15 @@ BIN    := $(VENV)/bin
 # two workers, one thread each: the tests are many small ones
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help demo demo-recipe test test-slow lint clean
+.PHONY: help demo demo-recipe test test-slow lint clean bench sanitize
 help:
 	@echo "make demo       distil a small student on images and show the result (minutes, CPU)"
 	@echo "make demo-recipe  the same world through fastalign distill: three stages from a YAML recipe"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make lint       ruff and mypy"
+	@echo "make bench      speed and memory beside eager and torch.compile"
+	@echo "make sanitize   the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 
 $(VENV)/.ready: requirements.txt pyproject.toml setup.py
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'fastalign needs Python 3.11 or newer, this is ' + sys.version)"
@@ -39,6 +41,14 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m pytest --benchmark-only --benchmark-time-unit=us --benchmark-columns=median,iqr,min,rounds \
+	  benchmarks/test_micro.py
+	$(BIN)/fastalign bench
+
+sanitize:
+	$(MAKE) -C csrc sanitize
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info

@@ -8,6 +8,7 @@ import typer
 
 from .._version import __version__
 from .ablate import ablate
+from .bench import bench
 from .analyze import analyze
 from .distill import distill
 from .eval import evaluate
@@ -33,6 +34,7 @@ def build_app() -> typer.Typer:
     app.command()(analyze)
     app.command()(ablate)
     app.command()(prune)
+    app.command()(bench)
     return app
 
 
