@@ -17,9 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, Passed, is_causal, sequence_starts, usable_lse
+from .calls import Call, is_causal, sequence_starts, usable_lse
 from .links import grad_outside, note_grad, show_compiled
-from .taps import tap_of
+from .taps import is_watched, show
 
 
 def capture_name(base: str) -> str:
@@ -82,51 +82,31 @@ def _attention_function(base: str, flash: bool) -> Callable[..., Any]:
         result = _base_function(base, module)(
             _as_base(module, base), query, key, value, attention_mask, **kwargs
         )
-        if torch.compiler.is_compiling():
-            grad = True  # the operator asks at run time
-            call = _call(module, query, key, attention_mask, kwargs, flash, base, result[1], grad)
-            show_compiled(module, call)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not is_watched(module):
             return result
-        tap = tap_of(module)
-        # a checkpoint runs the layer again during backward; its first run was the one that counts
-        if tap is not None and torch._C._current_graph_task_id() == -1:
-            grad = grad_outside(module)
-            loss = tap.see(
-                _call(module, query, key, attention_mask, kwargs, flash, base, result[1], grad)
-            )
-            if loss is not None:
-                tap.take(loss)
+        call = Call(
+            query=query,
+            key=key,
+            mask=attention_mask,
+            scaling=kwargs.get("scaling"),
+            softcap=kwargs.get("softcap"),
+            window=kwargs.get("sliding_window"),
+            causal=is_causal(module, kwargs),
+            sinks=kwargs.get("s_aux"),
+            flash=flash,
+            positions=kwargs.get("position_ids") if flash else None,
+            starts=sequence_starts(kwargs) if flash else None,
+            lse=usable_lse(base, query, result[1]),
+            grad=torch.is_grad_enabled() if compiling else grad_outside(module),
+        )
+        if compiling:
+            show_compiled(module, call)
+        else:
+            show(module, call)
         return result
 
     return attention
-
-
-def _call(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    mask: Any,
-    passed: Passed,
-    flash: bool,
-    base: str,
-    second: Any,
-    grad: bool,
-) -> Call:
-    return Call(
-        query=query,
-        key=key,
-        mask=mask,
-        scaling=passed.get("scaling"),
-        softcap=passed.get("softcap"),
-        window=passed.get("sliding_window"),
-        causal=is_causal(module, passed),
-        sinks=passed.get("s_aux"),
-        flash=flash,
-        positions=passed.get("position_ids") if flash else None,
-        starts=sequence_starts(passed) if flash else None,
-        lse=usable_lse(base, query, second),
-        grad=grad,
-    )
 
 
 def _base_function(base: str, module: nn.Module) -> Callable[..., Any]:

@@ -104,7 +104,6 @@ def show_compiled(module: nn.Module, call: Call) -> None:
     if link is None:
         return
     mask = call.mask if isinstance(call.mask, Tensor) else None
-    grad = torch.is_grad_enabled() and (call.query.requires_grad or call.key.requires_grad)
     link.loss = torch.ops.fastalign.see(
         call.query,
         call.key,
@@ -121,7 +120,8 @@ def show_compiled(module: nn.Module, call: Call) -> None:
         call.causal,
         call.flash,
         call.mask is not None,
-        grad,
+        call.grad,
+        call.query.requires_grad or call.key.requires_grad,
     )
 
 
@@ -129,7 +129,7 @@ torch.library.define(
     "fastalign::see",
     "(Tensor query, Tensor key, Tensor? parameter, Tensor number, Tensor? mask, Tensor? sinks, "
     "Tensor? positions, Tensor? starts, Tensor? lse, float? scaling, float? softcap, int? window, "
-    "bool causal, bool flash, bool masked, bool grad) -> Tensor",
+    "bool causal, bool flash, bool masked, bool grad, bool wanted) -> Tensor",
 )
 torch.library.define(
     "fastalign::see_backward",
@@ -156,12 +156,18 @@ def _see(
     flash: bool,
     masked: bool,
     grad: bool,
+    wanted: bool,
 ) -> Tensor:
+    """The loss of the layer, 0 where nobody asked.
+
+    Beyond what ``Call`` says: ``masked``, whether there was a mask, of whatever kind; ``grad``, whether
+    gradients are enabled at the call; ``wanted``, whether query or key need them.
+    """
     loss = _scalar(query).zero_()
     filed = _files.get(int(number))
     if filed is None or filed.see is None or torch._C._current_graph_task_id() != -1:
         return loss
-    query, key = (x.detach().requires_grad_(grad) for x in (query, key))
+    query, key = (x.detach().requires_grad_(grad and wanted) for x in (query, key))
     with _autograd(grad):
         result = filed.see(
             Call(
@@ -184,9 +190,13 @@ def _see(
         filed.seen = True
         if result is None:
             return loss
-        if grad:
-            wanted = [query, key, *([] if filed.parameter is None else [filed.parameter])]
-            filed.gradients = torch.autograd.grad(result, wanted)
+        if result.requires_grad:
+            leaves = [x for x in (query, key, filed.parameter) if x is not None and x.requires_grad]
+            found = iter(torch.autograd.grad(result, leaves))
+            filed.gradients = tuple(
+                next(found) if x is not None and x.requires_grad else None
+                for x in (query, key, filed.parameter)
+            )
     return loss.copy_(result.detach())
 
 
@@ -250,9 +260,9 @@ torch.library.register_autograd("fastalign::see", _differentiate, setup_context=
 
 
 @contextmanager
-def _autograd(wanted: bool) -> Iterator[None]:
+def _autograd(enabled: bool) -> Iterator[None]:
     """Autograd works inside, though an operator's kernel runs below it."""
-    if not wanted:
+    if not enabled:
         with torch.no_grad():
             yield
         return

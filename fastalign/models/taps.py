@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .calls import Call
@@ -36,9 +37,20 @@ class Tap:
 _taps: dict[nn.Module, Tap] = {}
 
 
-def tap_of(module: nn.Module) -> Tap | None:
-    """The tap of a module, inside ``tapped``."""
-    return _taps.get(module)
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody wants this call of a module: it has a tap, and no backward is running.
+
+    A checkpoint runs the layer again during backward; its first run was the one that counts.
+    """
+    return module in _taps and torch._C._current_graph_task_id() == -1
+
+
+def show(module: nn.Module, call: Call) -> None:
+    """Let the module's tap see a call that is wanted."""
+    tap = _taps[module]
+    loss = tap.see(call)
+    if loss is not None:
+        tap.take(loss)
 
 
 @contextmanager

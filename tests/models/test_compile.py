@@ -109,8 +109,12 @@ def test_a_compiled_model_outside_of_a_step_and_without_gradients() -> None:
         torch.testing.assert_close(map, maps[layer])
 
 
-def test_a_learned_mix_over_compiled_layers() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_learned_mix_over_compiled_layers(frozen: bool) -> None:
     student, teacher = pair()
+    student.get_decoder().requires_grad_(not frozen)
+    student.model.multi_modal_projector.requires_grad_(not frozen)
+    student.model.vision_tower.requires_grad_(not frozen)
     inputs = batch()
     found = []
     for compiled in (False, True):
@@ -125,6 +129,19 @@ def test_a_learned_mix_over_compiled_layers() -> None:
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     torch.testing.assert_close(found[1][1], found[0][1])
     assert eager.relative_error(found[1][2], found[0][2]) < 1e-4
+
+
+def test_compiled_layers_that_nothing_in_front_of_them_trains() -> None:
+    """Queries and keys without gradients: the loss is right, and no complaint about checkpoints."""
+    student, teacher = pair()
+    inputs = batch()
+    alignment = AttentionAlignment(student, teacher)
+    expected = train_once(alignment, student, teacher, inputs)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("lm_head" in name)
+    compile_layers(student, teacher, fullgraph=True)
+    assert train_once(alignment, student, teacher, inputs) == pytest.approx(expected, rel=1e-5)
+    assert not alignment.loss().requires_grad
 
 
 def test_a_compiled_student_without_its_teacher() -> None:
