@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..models.grids import grids_of
+from ..models.layouts import layouts_of
 from ..models.pictures import visual_attention
 from ..models.tokens import Inputs, read_tokens
 from ..models.view import ModelView
@@ -38,11 +38,13 @@ def example(
     for name, model in models.items():
         view = ModelView("teacher" if name == "teacher" else "student", model)
         tokens = read_tokens(view, inputs)
-        grids = grids_of(view, tokens, inputs)[0]
-        if len(grids) != 1 or grids[0][0] != 1:
-            raise ValueError(f"the sample has the grids {grids}; allowed: one image")
+        images = layouts_of(view, tokens, inputs)[0]
+        if len(images) != 1 or images[0].views[0][0] != 1:
+            raise ValueError(f"the sample has {len(images)} images or a video; allowed: one image")
         rows = row_groups(tokens, labels)["answer"]
         maps = visual_attention(model, {**inputs, "use_cache": False}, rows=rows)
         weights = torch.stack(list(maps.values())).mean(0)[0].mean(0)
-        looks.append(Look(name, weights.view(grids[0][1:]).float().cpu().numpy()))
+        _, height, width = images[0].views[0]  # the first view covers the whole image
+        patches = weights[torch.tensor(images[0].patches)][: height * width]
+        looks.append(Look(name, patches.view(height, width).float().cpu().numpy()))
     return Example(image, question, looks)
