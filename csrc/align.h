@@ -66,8 +66,8 @@ struct FaCall {
   void* entries;                // real [B, R]
   void* pool;                   // real [5, B, G, L]
   void* moments;                // real [2 sides, 2, B, G, R]
-  void* d_q;                    // real [B, heads, R, size], added to
-  void* d_k;                    // real [B, key_heads, L, size], added to
+  void* d_q;                    // real [B, heads, R, size], written
+  void* d_k;                    // real [B, key_heads, L, size], written
   void* d_mix;                  // real [heads, G], added to
 };
 
@@ -81,7 +81,7 @@ struct FaCoefficients {
 int64_t fa_abi();
 int64_t fa_call_size();
 const char* fa_digest();  // of the sources and flags that this library is made of
-const char* fa_isa();  // of the kernels that this machine runs: "avx512", "avx2", "generic", "native"
+const char* fa_isa();  // of the kernels that this machine runs: "avx512_bf16", "avx512", "avx2", ...
 
 // Each returns 0, or 1 with a message for fa_error (one per thread).
 const char* fa_error();
@@ -112,6 +112,7 @@ struct Session {
 namespace generic { template <typename Real> Session* open(const FaCall& call); }
 namespace avx2 { template <typename Real> Session* open(const FaCall& call); }
 namespace avx512 { template <typename Real> Session* open(const FaCall& call); }
+namespace avx512_bf16 { template <typename Real> Session* open(const FaCall& call); }
 namespace native { template <typename Real> Session* open(const FaCall& call); }
 
 }  // namespace fastalign

@@ -4,6 +4,9 @@
 // share of the budget. The student's attention [heads, keys, rows] of a chunk is kept as far as its share
 // reaches: the gradient takes it up in *passes*, of which the last one computed by the forward sweep need
 // not be computed again. Where the whole attention fits, no score is ever computed twice.
+//
+// Products run on reals (Plain), or for a side given in bfloat16, where the machine multiplies pairs of
+// them, on the inputs as they are (Pairs). Keys that lie well are read in place, others are packed.
 #pragma once
 
 #include <cstdint>
@@ -32,6 +35,8 @@ template <typename T> class Engine final : public Session {
   explicit Engine(const FaCall& call) : call_(call) {
     select();
     cut_chunks();
+    adds_queries_ = call_.heads == kMix && !chunks_.empty() && chunks_[0].groups.size() < call_.groups;
+    clear_gradients();
     scratch_.resize(std::max<int64_t>(1, call.threads));
   }
 
@@ -46,8 +51,8 @@ template <typename T> class Engine final : public Session {
 
   // What one thread works in.
   struct Scratch {
-    Buffer<T> scores, queries, transposed, column, d_q, d_k;
-    std::vector<Stretch<T>> stretches;
+    Buffer<T> scores, queries, transposed, column, d_q, d_k, delta;
+    Buffer<char> stretches;
   };
   // Packed keys of one side, by sample: [key_heads, padded keys, stride].
   using Packed = std::vector<Buffer<T>>;
@@ -63,8 +68,9 @@ template <typename T> class Engine final : public Session {
       samples_.push_back(std::move(s));
       visibility_.push_back(visibility);
     }
-    keys_[0].resize(samples_.size());
-    keys_[1].resize(samples_.size());
+    for (Packed& keys : keys_) keys.resize(samples_.size());
+    key_pairs_.resize(samples_.size());
+    fresh_.assign(samples_.size() * call_.student.key_heads, true);
     tile_at_.push_back(0);
     lane_at_.push_back(0);
     for (const Block& block : blocks_) {
@@ -110,7 +116,10 @@ template <typename T> class Engine final : public Session {
       int64_t to = from + 1;
       while (to < chunk.blocks.end && (tile_at_[to + 1] - tile_at_[from]) * heads.size() <= slab) ++to;
       const int64_t tile = tile_at_[to] - tile_at_[from];
-      const int64_t step = std::clamp<int64_t>(slab / std::max<int64_t>(1, tile), 1, heads.size());
+      // as many heads as fit, in equal shares
+      const int64_t fit = std::clamp<int64_t>(slab / std::max<int64_t>(1, tile), 1, heads.size());
+      const int64_t shares = (heads.size() + fit - 1) / fit;
+      const int64_t step = (heads.size() + shares - 1) / shares;
       for (int64_t h = heads.begin; h < heads.end; h += step)
         out.push_back({{from, to}, {h, std::min(heads.end, h + step)}});
       from = to;
@@ -131,10 +140,15 @@ template <typename T> class Engine final : public Session {
     return slab_.get() + (tile_at_[block] - tile_at_[pass.blocks.begin]) * pass.heads.size() +
            (head - pass.heads.begin) * blocks_[block].tile();
   }
-  T* packed_queries(const Pass& pass, int64_t block, int64_t head) {
+  template <typename Tile> Tile strip_factors(Tile tile, int64_t block) const {
+    return tile + blocks_[block].width() * blocks_[block].lanes;
+  }
+  template <typename Op>
+  typename Op::Element* packed_queries(const Pass& pass, int64_t block, int64_t head) {
     const int64_t lanes = lane_at_[pass.blocks.end] - lane_at_[pass.blocks.begin];
-    return query_rows_.get() + ((head - pass.heads.begin) * lanes + lane_at_[block] -
-                                lane_at_[pass.blocks.begin]) * packed_stride<T>(call_.student.size);
+    T* rows = query_rows_.get() + ((head - pass.heads.begin) * lanes + lane_at_[block] -
+                                   lane_at_[pass.blocks.begin]) * packed_stride<T>(call_.student.size);
+    return reinterpret_cast<typename Op::Element*>(rows);
   }
   T* plane(int64_t side, int64_t block, int64_t group) {  // group counts from the chunk's first
     const Block& b = blocks_[block];
@@ -143,10 +157,6 @@ template <typename T> class Engine final : public Session {
   }
   T* mass(int64_t block, int64_t group) {
     return mass_.get() + (block - chunk_.blocks.begin) * chunk_.groups.size() * 3 * W + group * 3 * W;
-  }
-  T* factor(int64_t block, int64_t head) {
-    const int64_t lanes = lane_at_[chunk_.blocks.end] - lane_at_[chunk_.blocks.begin];
-    return factor_.get() + head * lanes + lane_at_[block] - lane_at_[chunk_.blocks.begin];
   }
   const uint64_t* masks(const Block& block) const { return masks_.data() + block.masks; }
   uint64_t column_mask(const Block& block, int64_t column) const {
@@ -161,6 +171,16 @@ template <typename T> class Engine final : public Session {
   T query_factor(const FaSide& s) const {
     return T(s.softcap == 0 ? s.scale / call_.temperature : s.scale);
   }
+  // Calls f(Op): how the products of a side run.
+  template <typename F> void with_product([[maybe_unused]] const FaSide& s, F f) const {
+#ifdef __AVX512BF16__
+    if constexpr (kHasPairs<T>)
+      if (s.q.dtype == kBFloat16 && s.k.dtype == kBFloat16 && s.size % 2 == 0) return f(Pairs());
+#endif
+    f(Plain<T>());
+  }
+  // Elements of a row of queries or keys in a product over the head's dimension.
+  template <typename Op> static int64_t words(const FaSide& s) { return Op::pairs ? s.size / 2 : s.size; }
   // Whether a head's tile holds exp(S - m), to be multiplied by a factor a row, or S itself.
   bool keeps_exponentials(const FaSide& s) const {
     return !call_.in_logs && call_.normalize != kScores && s.softcap == 0;
@@ -186,20 +206,35 @@ template <typename T> class Engine final : public Session {
     }
   }
 
+  // ------------------------------------------------------------------------------ keys.h
+
+  template <typename Op> bool in_place(const FaSide& from, const Sample& s) const;
+  int64_t pack_keys(bool student);
+  void pack_key_pairs();
+  template <typename Op> Rows<typename Op::Element> key_rows(bool student, int64_t sample,
+                                                             int64_t head) const;
+  template <typename Op> Rows<typename Op::Element> transposed_keys(int64_t sample, int64_t head) const;
+  template <typename Op> void load_queries(const FaSide& s, const Block& block, int64_t head,
+                                           typename Op::Element* rows);
+  template <typename Op> void pack_queries(const Block& block, const typename Op::Element* rows,
+                                           typename Op::Element* out);
+
   // ------------------------------------------------------------------------------ maps.h
 
   void enter(const Chunk& chunk);
   void find_masks();
-  void pack_keys(bool student);
-  const T* packed(bool student, const Block& block, int64_t head) const;
-  template <int NV> void side_maps(bool student, int64_t block, Scratch& scratch);
+  void sweep(Range sides);
+  template <typename Op, int NV> void head_maps(bool student, int64_t block, int64_t head,
+                                                Scratch& scratch, int64_t place);
+  template <typename Op, int NV> void score_strip(Rows<typename Op::Element> keys, bool student,
+                                                  const Block& block, Range strip, T hidden,
+                                                  Scratch& scratch, T* s, Vec<T>* top);
   template <int NV> void absorb(bool student, int64_t block, int64_t head, const T* s, const Vec<T>* lse,
-                                const Vec<T>* f, Scratch& scratch);
-  template <int NV> void finish_logs(bool student, int64_t block, Scratch& scratch);
+                                T* sum);
+  template <int NV> void finish_logs(bool student, int64_t block, const T* sum);
   void renormalise(int64_t side, int64_t block);
   void read_target(int64_t block);
   void finish_block(int64_t block);
-  void load_queries(const FaSide& s, const Block& block, int64_t head, T* rows);
 
   // ---------------------------------------------------------------------- statistics.h
 
@@ -211,12 +246,30 @@ template <typename T> class Engine final : public Session {
 
   // ----------------------------------------------------------------------- gradients.h
 
+  void clear_gradients();
   void map_gradient(int64_t block, int64_t group, const FaCoefficients& c);
-  template <int NV> void head_gradient(const Pass& pass, bool resident, int64_t block, int64_t head,
-                                       Scratch& scratch);
-  template <int NV> void softmax_gradient(int64_t block, int64_t head, T* s, Scratch& scratch);
-  template <int NV> void query_gradient(int64_t block, int64_t head, const T* ds, Scratch& scratch);
-  void key_gradient(const Pass& pass, int64_t sample, int64_t key_head, Range keys, Scratch& scratch);
+  template <typename Op> void pass_gradients(const Pass& pass, bool resident);
+
+  // ------------------------------------------------------------------- head_gradient.h
+
+  static constexpr int64_t kTogether = 8;  // blocks whose dS and dq are near at once
+  template <typename Op, int NV> void enter_head(const Pass& pass, bool resident, int64_t block,
+                                                 int64_t head, Scratch& scratch, int64_t place);
+  template <int NV> void log_sum_exps(int64_t block, int64_t head, Vec<T>* lse) const;
+  template <typename F> void each_column_strip(const Block& block, const T* factors, F f) const;
+  template <int NV> const T* mix_gradient(int64_t block, int64_t head, const T* s, Scratch& scratch);
+  template <int NV> void plain_delta(int64_t block, const T* s, const T* gradient, Vec<T>* delta);
+  template <int NV> void entry_terms(int64_t block, int64_t head, const T* s, const T* gradient, T* x,
+                                     Vec<T>* delta);
+  template <typename Op, int NV> void strip_gradient(const Pass& pass, int64_t block, int64_t head,
+                                                     Range strip, Scratch& scratch, int64_t place);
+  template <typename Op, int NV> void finish_strip(Range strip, int64_t end,
+                                                   Rows<typename Op::Element> keys, T* ds, T* d_q);
+  void store_query_gradient(int64_t block, int64_t head, const T* in);
+  template <typename Op, bool kFresh> void key_gradient(const Pass& pass, Range heads, Range part,
+                                                        Range keys, int64_t sample, Scratch& scratch);
+  T* key_row(const Sample& s, int64_t key_head, int64_t k);
+  T head_weight() const { return call_.heads == kMean ? T(1) / T(call_.student.heads) : T(1); }
 
   FaCall call_;
   std::vector<Sample> samples_;
@@ -227,11 +280,15 @@ template <typename T> class Engine final : public Session {
   std::vector<Scratch> scratch_;
 
   Packed keys_[2];        // student, teacher
+  Packed key_pairs_;      // the student's, pairs along the keys: what dq of a bfloat16 side sums over
+  std::vector<char> fresh_;  // by sample and key head: whether dk has not been written to
+  bool adds_queries_ = false;  // whether a head's dq comes from more than one chunk
   int64_t resident_ = -1;  // the chunk whose maps lie in maps_
   Chunk chunk_{};
+  int64_t together_ = 1, widest_ = 0;  // blocks a thread takes at once; the largest map of a block
   std::vector<int64_t> map_at_;
   std::vector<uint64_t> masks_;
-  Buffer<T> maps_, mass_, factor_, slab_, query_rows_, mix_parts_;
+  Buffer<T> maps_, mass_, slab_, query_rows_, mix_parts_;
   std::vector<Pass> passes_;
   const T* thresholds_ = nullptr;
 };

@@ -55,6 +55,27 @@ void read_row(const FaTensor& x, int64_t b, int64_t h, int64_t r, int64_t size, 
   }
 }
 
+// Row r of head h of sample b in bfloat16, as `words` pairs of neighbours; the rest of the row 0.
+inline void read_pairs(const FaTensor& x, int64_t b, int64_t h, int64_t r, int64_t words, int64_t padded,
+                       BFloat16Pair* out) {
+  const auto* in = static_cast<const BFloat16*>(x.data) + b * x.stride[0] + h * x.stride[1] + r * x.stride[2];
+  if (x.stride[3] == 1) std::memcpy(out, in, size_t(words) * sizeof *out);
+  else
+    for (int64_t d = 0; d < words; ++d, in += 2 * x.stride[3])
+      out[d].bits = static_cast<int32_t>(in[0].bits | uint32_t(in[x.stride[3]].bits) << 16);
+  for (int64_t d = words; d < padded; ++d) out[d].bits = 0;
+}
+
+// Two rows of pairs along d, [2, words], as pairs of rows: [2 words], low the first row.
+inline void interleave(const BFloat16Pair* first, const BFloat16Pair* second, int64_t words,
+                       BFloat16Pair* out) {
+  for (int64_t d = 0; d < words; ++d) {
+    const auto a = static_cast<uint32_t>(first[d].bits), b = static_cast<uint32_t>(second[d].bits);
+    out[2 * d].bits = static_cast<int32_t>((a & 0xffff) | b << 16);
+    out[2 * d + 1].bits = static_cast<int32_t>(a >> 16 | (b & 0xffff0000));
+  }
+}
+
 // Length of a packed row of `size`: whole vectors, and an odd number of cache lines, so that the same
 // column of consecutive rows does not fall into the same cache set.
 template <typename T> int64_t packed_stride(int64_t size) {

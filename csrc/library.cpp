@@ -38,6 +38,12 @@ Isa choose() {
 #ifdef FASTALIGN_NATIVE
   return {"native", fastalign::native::open<float>, fastalign::native::open<double>};
 #endif
+#ifdef FASTALIGN_AVX512_BF16
+  if (allowed("avx512_bf16") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512bf16"))
+    return {"avx512_bf16", fastalign::avx512_bf16::open<float>, fastalign::avx512_bf16::open<double>};
+#endif
 #ifdef FASTALIGN_AVX512
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))

@@ -5,7 +5,7 @@
 // running (maximum, sum). The two planes of a block, [G, C, lanes] of student and teacher, hold A or log A.
 #pragma once
 
-#include "engine.h"
+#include "keys.h"
 
 namespace fastalign::FASTALIGN_ISA {
 
@@ -14,26 +14,46 @@ template <typename T> void Engine<T>::maps(int64_t index) {
   enter(chunks_[index]);
   resident_ = index;
   const int64_t first = chunk_.blocks.begin;
-  auto cost = [&](int64_t i) { return blocks_[first + i].tile(); };
-  auto sweep = [&](bool student) {
-    parallel(chunk_.blocks.size(), call_.threads, cost, [&](int64_t i, int64_t thread) {
-      with_vectors(blocks_[first + i], [&](auto nv) {
-        side_maps<decltype(nv)::value>(student, first + i, scratch_[thread]);
-      });
-    });
-  };
-  if (call_.teacher.heads) {
-    pack_keys(false);
-    sweep(false);
-    int64_t held = 0;
-    for (const auto& buffer : keys_[1]) held += buffer.bytes();
-    if (held > call_.budget / 4)
-      for (auto& buffer : keys_[1]) buffer.release();
+  const int64_t held = call_.teacher.heads ? pack_keys(false) : 0;
+  if (held > call_.budget / 4) {  // one side after the other, so that its packed keys can go
+    sweep({1, 2});
+    for (auto& buffer : keys_[1]) buffer.release();
+    pack_keys(true);
+    sweep({0, 1});
+  } else {
+    pack_keys(true);
+    sweep({0, call_.teacher.heads ? 2 : 1});
   }
-  pack_keys(true);
-  sweep(true);
-  parallel(chunk_.blocks.size(), call_.threads, cost,
+  parallel(chunk_.blocks.size(), call_.threads, [&](int64_t i) { return blocks_[first + i].tile(); },
            [&](int64_t i, int64_t) { finish_block(first + i); });
+}
+
+// The maps of all blocks of the chunk; sides: 0 the student, 1 the teacher. An item is one side of a few
+// blocks, taken together head by head, so that a head's keys come from memory once for all of them.
+template <typename T> void Engine<T>::sweep(Range sides) {
+  struct Item { bool student; Range blocks; };
+  std::vector<Item> items;
+  for (int64_t which = sides.begin; which < sides.end; ++which)
+    for (int64_t from = chunk_.blocks.begin; from < chunk_.blocks.end; from += together_)
+      items.push_back({which == 0, Range{from, from + together_}.clip(chunk_.blocks)});
+  parallel(static_cast<int64_t>(items.size()), call_.threads,
+           [&](int64_t i) {
+             const auto& [student, blocks] = items[i];
+             return (tile_at_[blocks.end] - tile_at_[blocks.begin]) *
+                    head_range(side(student), student, chunk_).size();
+           },
+           [&](int64_t i, int64_t thread) {
+             const auto& [student, blocks] = items[i];
+             with_product(side(student), [&, student = student, blocks = blocks](auto op) {
+               const Range heads = head_range(side(student), student, chunk_);
+               for (int64_t h = heads.begin; h < heads.end; ++h)
+                 for (int64_t block = blocks.begin; block < blocks.end; ++block)
+                   with_vectors(blocks_[block], [&](auto nv) {
+                     head_maps<decltype(op), decltype(nv)::value>(student, block, h, scratch_[thread],
+                                                                  block - blocks.begin);
+                   });
+             });
+           });
 }
 
 // Lays out a chunk's workspace; what a chunk before left in it is gone.
@@ -41,7 +61,7 @@ template <typename T> void Engine<T>::enter(const Chunk& chunk) {
   chunk_ = chunk;
   passes_ = passes(chunk);
   map_at_.assign(1, 0);
-  int64_t widest = 0, widest_tile = 0, mask_count = 0, slab = 0, lanes = 0;
+  int64_t widest = 0, widest_tile = 0, mask_count = 0, slab = 0;
   for (int64_t i = chunk.blocks.begin; i < chunk.blocks.end; ++i) {
     Block& block = blocks_[i];
     block.masks = mask_count;
@@ -49,21 +69,24 @@ template <typename T> void Engine<T>::enter(const Chunk& chunk) {
     map_at_.push_back(map_at_.back() + map_size(block, chunk.groups.size()));
     widest = std::max(widest, block.columns.size() * block.lanes);
     widest_tile = std::max(widest_tile, block.tile());
-    lanes += block.lanes;
   }
   for (const Pass& pass : passes_)
     slab = std::max(slab, (tile_at_[pass.blocks.end] - tile_at_[pass.blocks.begin]) * pass.heads.size());
   maps_.reset(map_at_.back());
   mass_.reset(chunk.blocks.size() * chunk.groups.size() * 3 * W);
   slab_.reset(slab);
-  factor_.reset(call_.student.heads * lanes);
   masks_.resize(mask_count);
+  // as many blocks as leave every thread some, with maps that stay in a near cache
+  constexpr int64_t near = 4 << 20;
+  const int64_t share = (chunk.blocks.size() + call_.threads - 1) / call_.threads;
+  together_ = std::clamp<int64_t>(near / int64_t(sizeof(T)) / widest, 1, share);
+  widest_ = widest;
   const int64_t size = std::max(call_.student.size, call_.teacher.size);
   for (Scratch& scratch : scratch_) {
     scratch.scores.reset(widest_tile);
     scratch.queries.reset(3 * W * packed_stride<T>(size));
     scratch.transposed.reset(3 * W * size);
-    scratch.column.reset(widest);
+    scratch.column.reset(widest * together_);
   }
   find_masks();
 }
@@ -83,128 +106,103 @@ template <typename T> void Engine<T>::find_masks() {
       together = together && visibility.segment(positions[lane]) == segment;
     uint64_t* out = masks_.data() + block.masks;
     const auto count = static_cast<int64_t>(s.key.size());
-    const uint64_t nobody = block.live == 64 ? 0 : ~uint64_t(0) << block.live;
     for (int64_t k = block.keys.begin; k < block.keys.end; ++k) {
-      if (k >= count) *out++ = nobody;
+      if (k >= count) *out++ = 0;
       else if (together && visibility.plain(low, high, segment, s.key[k])) *out++ = ~uint64_t(0);
       else *out++ = visibility.bits(positions, block.live, s.key[k]);
     }
   });
 }
 
-// Keys of the chunk's samples as rows of reals; those of other samples are let go.
-template <typename T> void Engine<T>::pack_keys(bool student) {
+// S of a strip for the head whose queries lie in scratch.transposed.
+template <typename T>
+template <typename Op, int NV>
+void Engine<T>::score_strip(Rows<typename Op::Element> keys, bool student, const Block& block, Range strip,
+                            T hidden, Scratch& scratch, T* s, Vec<T>* top) {
   const FaSide& from = side(student);
-  Packed& to = keys_[student ? 0 : 1];
-  const int64_t stride = packed_stride<T>(from.size), part = 256;
-  const int64_t low = blocks_[chunk_.blocks.begin].sample;
-  const int64_t high = blocks_[chunk_.blocks.end - 1].sample;
-  struct Item { int64_t sample, head; Range keys; };
-  std::vector<Item> items;
-  for (int64_t i = 0; i < static_cast<int64_t>(samples_.size()); ++i) {
-    if (i < low || i > high) to[i].release();
-    else if (to[i].bytes() == 0) {
-      const int64_t keys = samples_[i].all[0].end;
-      to[i].reset(from.key_heads * keys * stride);
-      for (int64_t h = 0; h < from.key_heads; ++h)
-        for (int64_t k = 0; k < keys; k += part) items.push_back({i, h, {k, std::min(keys, k + part)}});
-    }
-  }
-  parallel(static_cast<int64_t>(items.size()), call_.threads, [](int64_t) { return 1; },
-           [&](int64_t i, int64_t) {
-    const auto& [sample, head, keys] = items[i];
-    const Sample& s = samples_[sample];
-    T* out = to[sample].get() + (head * s.all[0].end + keys.begin) * stride;
-    for (int64_t k = keys.begin; k < keys.end; ++k, out += stride) {
-      if (k < static_cast<int64_t>(s.key.size()))
-        read_row<T>(from.k, s.b, head, s.key[k], from.size, stride, T(1), out);
-      else
-        std::fill_n(out, stride, T(0));
-    }
-  });
+  const auto end = static_cast<int64_t>(samples_[block.sample].key.size());
+  const auto* queries = reinterpret_cast<const typename Op::Element*>(scratch.transposed.get());
+  FASTALIGN_ISA::score_strip<Op, NV>(keys, end, queries, words<Op>(from), strip,
+                                     masks(block) + (strip.begin - block.keys.begin), cap(from),
+                                     query_factor(from), hidden, s, top);
 }
 
+// One head of one side for one block of rows: its log-sum-exps, its share of the maps. `place` counts
+// the blocks that a thread takes together.
 template <typename T>
-const T* Engine<T>::packed(bool student, const Block& block, int64_t head) const {
-  const FaSide& from = side(student);
-  const int64_t key_head = head / (from.heads / from.key_heads);
-  return keys_[student ? 0 : 1][block.sample].get() +
-         (key_head * samples_[block.sample].all[0].end + block.keys.begin) * packed_stride<T>(from.size);
-}
-
-template <typename T>
-void Engine<T>::load_queries(const FaSide& from, const Block& block, int64_t head, T* rows) {
-  const Sample& s = samples_[block.sample];
-  const int64_t stride = packed_stride<T>(from.size);
-  for (int64_t i = 0; i < block.lanes; ++i) {
-    T* out = rows + i * stride;
-    if (i < block.live)
-      read_row<T>(from.q, s.b, head, s.row[block.first + i], from.size, stride, query_factor(from), out);
-    else
-      std::fill_n(out, stride, T(0));
-  }
-}
-
-// All heads of one side for one block of rows.
-template <typename T>
-template <int NV>
-void Engine<T>::side_maps(bool student, int64_t index, Scratch& scratch) {
+template <typename Op, int NV>
+void Engine<T>::head_maps(bool student, int64_t index, int64_t h, Scratch& scratch, int64_t place) {
+  using Element = typename Op::Element;
+  constexpr int lanes = NV * W;
   const FaSide& from = side(student);
   const Block& block = blocks_[index];
   const Sample& s = samples_[block.sample];
-  const int64_t stride = packed_stride<T>(from.size);
+  const int64_t size = words<Op>(from), stride = packed_stride<T>(size);
   const bool exponentiate = keeps_exponentials(from), softmax = call_.normalize != kScores;
-  const Range heads = head_range(from, student, chunk_);
-  for (int64_t h = heads.begin; h < heads.end; ++h) {
-    const bool kept = student && !passes_.empty() && passes_.back().holds(index, h);
-    T* x = kept ? attention(passes_.back(), index, h) : scratch.scores.get();
-    const bool known = from.given_lse != nullptr;
-    const auto& ranges = kept || (softmax && !known) ? s.all : s.compared;
-    load_queries(from, block, h, scratch.queries.get());
-    transpose(scratch.queries.get(), stride, block.live, from.size, block.lanes,
-              scratch.transposed.get());
-    Vec<T> m[NV], sum[NV] = {}, lse[NV] = {}, f[NV] = {};
-    scores<T, NV>(packed(student, block, h) - block.keys.begin * stride, stride,
-                  scratch.transposed.get(), from.size, block, ranges, masks(block), cap(from),
-                  softmax ? -kInfinity<T> : T(0), x, m);
-    if (softmax) {
-      T lanes[NV * W];
-      const int64_t rows = (s.b * from.heads + h) * call_.rows;
-      if (known) {
-        gather(static_cast<const T*>(from.given_lse) + rows, block, T(0), lanes);
-        for (int v = 0; v < NV; ++v) m[v] = lse[v] = load(lanes + v * W), f[v] = all<T>(T(1));
-        if (exponentiate) exponentials<T, NV, true>(block, ranges, m, x, sum);
-      } else {
-        const T sink = from.sink ? static_cast<const T*>(from.sink)[h] / T(call_.temperature)
-                                 : -kInfinity<T>;
-        for (int v = 0; v < NV; ++v) {
-          m[v] = max<T>(m[v], all<T>(sink));
-          m[v] = m[v] == -kInfinity<T> ? Vec<T>{} : m[v];
-        }
-        if (exponentiate) exponentials<T, NV, true>(block, ranges, m, x, sum);
-        else exponentials<T, NV, false>(block, ranges, m, x, sum);
-        for (int v = 0; v < NV; ++v) {
-          sum[v] += exp<T>(sink - m[v]);
-          const Ints<T> some = sum[v] > 0;
-          lse[v] = some ? m[v] + log<T>(sum[v]) : Vec<T>{};
-          f[v] = some ? 1 / sum[v] : Vec<T>{};
-        }
-      }
-      for (int v = 0; v < NV; ++v) store(lanes + v * W, lse[v]);
-      scatter(lanes, block, static_cast<T*>(from.lse) + rows);
-      if (kept)
-        for (int v = 0; v < NV; ++v) store(factor(index, h) + v * W, f[v]);
-    }
-    absorb<NV>(student, index, h, x, lse, f, scratch);
+  const bool known = from.given_lse != nullptr;
+  const T hidden = softmax ? -kInfinity<T> : T(0);
+  auto* queries = reinterpret_cast<Element*>(scratch.queries.get());
+  const bool kept = student && !passes_.empty() && passes_.back().holds(index, h);
+  T* tile = kept ? attention(passes_.back(), index, h) : scratch.scores.get();
+  T* factors = strip_factors(tile, index);
+  const auto& ranges = kept || (softmax && !known) ? s.all : s.compared;
+  const auto keys = key_rows<Op>(student, block.sample, h);
+  load_queries<Op>(from, block, h, queries);
+  transpose(queries, stride, block.live, size, lanes,
+            reinterpret_cast<Element*>(scratch.transposed.get()));
+
+  Running<T, NV> running;
+  Vec<T> lse[NV] = {};
+  T values[lanes];
+  const int64_t rows = (s.b * from.heads + h) * call_.rows;
+  if (known) {
+    gather(static_cast<const T*>(from.given_lse) + rows, block, T(0), values);
+    for (int v = 0; v < NV; ++v) lse[v] = load(values + v * W);
   }
-  if (call_.in_logs && style(student) == kMean) finish_logs<NV>(student, index, scratch);
+  block.each_strip(ranges, [&](int64_t strip, Range part) {
+    T* x = tile + (part.begin - block.keys.begin) * lanes;
+    Vec<T> top[NV], base[NV];
+    score_strip<Op, NV>(keys, student, block, part, hidden, scratch, x, top);
+    if (known && exponentiate) {
+      exponentials<T, NV, true>(part.size(), lse, x, running.sum);
+      std::fill_n(factors + strip * lanes, lanes, T(1));
+    } else if (softmax && !known) {
+      running.raise(top, base);
+      if (exponentiate) exponentials<T, NV, true>(part.size(), base, x, running.sum);
+      else exponentials<T, NV, false>(part.size(), base, x, running.sum);
+      for (int v = 0; v < NV; ++v) store(factors + strip * lanes + v * W, running.top[v]);
+    }
+  });
+
+  if (softmax && !known) {
+    const T sink = from.sink ? static_cast<const T*>(from.sink)[h] / T(call_.temperature)
+                             : -kInfinity<T>;
+    Vec<T> m[NV], f[NV], top[NV];
+    for (int v = 0; v < NV; ++v) top[v] = all<T>(sink);
+    running.raise(top, m);
+    for (int v = 0; v < NV; ++v) {
+      running.sum[v] += exp<T>(sink - m[v]);
+      const Ints<T> some = running.sum[v] > 0;
+      lse[v] = some ? m[v] + log<T>(running.sum[v]) : Vec<T>{};
+      f[v] = some ? 1 / running.sum[v] : Vec<T>{};
+    }
+    for (int64_t i = 0; i < block.strips(); ++i, factors += lanes)
+      for (int v = 0; v < NV; ++v)
+        store(factors + v * W, exp<T>(load(factors + v * W) - m[v]) * f[v]);
+  }
+  if (softmax) {
+    for (int v = 0; v < NV; ++v) store(values + v * W, lse[v]);
+    scatter(values, block, static_cast<T*>(from.lse) + rows);
+  }
+  T* sums = scratch.column.get() + place * widest_;
+  absorb<NV>(student, index, h, tile, lse, sums);
+  if (call_.in_logs && style(student) == kMean && h + 1 == from.heads) finish_logs<NV>(student, index, sums);
 }
 
-// Adds one head to the maps; `s` holds its exponentials or scores.
+// Adds one head to the maps; `s` holds its exponentials or scores, `sum` the sums beside running maxima.
 template <typename T>
 template <int NV>
-void Engine<T>::absorb(bool student, int64_t index, int64_t head, const T* s, const Vec<T>* lse,
-                       const Vec<T>* f, Scratch& scratch) {
+void Engine<T>::absorb(bool student, int64_t index, int64_t head, const T* s, const Vec<T>* lse, T* sum) {
   constexpr int lanes = NV * W;
   const Block& block = blocks_[index];
   const FaSide& from = side(student);
@@ -215,7 +213,6 @@ void Engine<T>::absorb(bool student, int64_t index, int64_t head, const T* s, co
   T* out = plane(student ? 0 : 1, index, how == kEach ? head - chunk_.groups.begin : 0);
 
   if (call_.in_logs) {
-    T* sum = scratch.column.get();
     for (int64_t c = 0; c < columns; ++c)
       for (int v = 0; v < NV; ++v) {
         const Vec<T> x = load(line(c) + v * W) - lse[v];
@@ -235,24 +232,30 @@ void Engine<T>::absorb(bool student, int64_t index, int64_t head, const T* s, co
   }
 
   const T share = how == kMean ? T(1) / T(from.heads) : T(1);
-  Vec<T> scale[NV];
   const bool exponentiated = keeps_exponentials(from), softmax = call_.normalize != kScores;
-  for (int v = 0; v < NV; ++v) scale[v] = exponentiated ? f[v] * share : all<T>(share);
   auto add = [&](auto value) {
-    for (int64_t c = 0; c < columns; ++c)
-      for (int v = 0; v < NV; ++v) {
-        const Vec<T> p = value(load(line(c) + v * W), v) * scale[v];
-        if (how != kMix) {
-          T* a = out + c * lanes + v * W;
-          store(a, how == kEach || starts ? p : load(a) + p);
-          continue;
+    Vec<T> scale[NV];
+    for (int v = 0; v < NV; ++v) scale[v] = all<T>(share);
+    for (int64_t c = 0; c < columns;) {
+      const int64_t strip = key[first + c] / kStep, end = (strip + 1) * kStep;
+      const T* factors = strip_factors(s, index) + (strip - block.first_strip()) * lanes;
+      if (exponentiated)
+        for (int v = 0; v < NV; ++v) scale[v] = load(factors + v * W) * share;
+      for (; c < columns && key[first + c] < end; ++c)
+        for (int v = 0; v < NV; ++v) {
+          const Vec<T> p = value(load(line(c) + v * W), v) * scale[v];
+          if (how != kMix) {
+            T* a = out + c * lanes + v * W;
+            store(a, how == kEach || starts ? p : load(a) + p);
+            continue;
+          }
+          const T* mix = static_cast<const T*>(call_.mix) + head * call_.groups + chunk_.groups.begin;
+          for (int64_t g = 0; g < chunk_.groups.size(); ++g) {
+            T* a = out + (g * columns + c) * lanes + v * W;
+            store(a, starts ? p * mix[g] : load(a) + p * mix[g]);
+          }
         }
-        const T* mix = static_cast<const T*>(call_.mix) + head * call_.groups + chunk_.groups.begin;
-        for (int64_t g = 0; g < chunk_.groups.size(); ++g) {
-          T* a = out + (g * columns + c) * lanes + v * W;
-          store(a, starts ? p * mix[g] : load(a) + p * mix[g]);
-        }
-      }
+    }
   };
   if (exponentiated || !softmax) add([](Vec<T> x, int) { return x; });
   else add([&](Vec<T> x, int v) { return exp<T>(x - lse[v]); });
@@ -261,11 +264,10 @@ void Engine<T>::absorb(bool student, int64_t index, int64_t head, const T* s, co
 // log A = top + log sum - log H; -inf where hidden.
 template <typename T>
 template <int NV>
-void Engine<T>::finish_logs(bool student, int64_t index, Scratch& scratch) {
+void Engine<T>::finish_logs(bool student, int64_t index, const T* sum) {
   const Block& block = blocks_[index];
   const T log_heads = std::log(T(side(student).heads));
   T* top = plane(student ? 0 : 1, index, 0);
-  const T* sum = scratch.column.get();
   for (int64_t c = block.columns.begin; c < block.columns.end; ++c) {
     const uint64_t seen = column_mask(block, c);
     for (int v = 0; v < NV; ++v, top += W, sum += W)

@@ -17,6 +17,9 @@ namespace fastalign::FASTALIGN_ISA {
 // Ranges of keys start and end at multiples of this, a whole tile of the dk product.
 constexpr int64_t kGranule = kTileRows<2>;
 
+// Keys per strip of a tile: a strip of scores and the keys that it multiplies stay in the nearest caches.
+constexpr int64_t kStep = 96 / kGranule * kGranule;
+
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
@@ -33,6 +36,7 @@ struct Sample {
   std::vector<int32_t> column_of_key;           // ordinal of the compared column, -1: none
   std::vector<int32_t> key_of_column;           // index into key
   std::vector<Range> all, compared;             // ranges of keys: every one, those with columns
+  bool consecutive = false;                     // whether the keys follow each other in the sequence
 };
 
 struct Block {
@@ -40,7 +44,22 @@ struct Block {
   Range keys, columns;
   int64_t masks;  // where the chunk's masks of this block begin
   int64_t width() const { return keys.size(); }
-  int64_t tile() const { return keys.size() * lanes; }
+  int64_t first_strip() const { return keys.begin / kStep; }
+  int64_t strips() const { return (keys.end + kStep - 1) / kStep - first_strip(); }
+  // Elements of one head's attention: [keys, lanes], then a factor for each strip, [strips, lanes].
+  int64_t tile() const { return (width() + strips()) * lanes; }
+
+  // f(strip's number in the block, its keys) for every part of a strip that lies in one of the ranges.
+  template <typename F> void each_strip(const std::vector<Range>& ranges, F f) const {
+    for (const Range& range : ranges) {
+      const Range part = range.clip(keys);
+      for (int64_t from = part.begin; from < part.end;) {
+        const int64_t strip = from / kStep, to = std::min(part.end, (strip + 1) * kStep);
+        f(strip - first_strip(), Range{from, to});
+        from = to;
+      }
+    }
+  }
 };
 
 // Who sees whom (select.Visibility), for one sample.
@@ -142,6 +161,7 @@ inline Sample select_sample(const FaCall& call, int64_t b, const Visibility& vis
     }
     s.key.push_back(static_cast<int32_t>(j));
   }
+  s.consecutive = !s.key.empty() && s.key.back() - s.key.front() + 1 == static_cast<int32_t>(s.key.size());
   const int64_t padded = round_up(static_cast<int64_t>(s.key.size()), kGranule);
   s.column_of_key.resize(padded, -1);
   s.all = {{0, padded}};

@@ -4,12 +4,10 @@
 // across lanes, and a key that is not compared, or a masked one, is a line of the tile.
 #pragma once
 
+#include "inputs.h"
 #include "select.h"
 
 namespace fastalign::FASTALIGN_ISA {
-
-// Keys per step: a tile of scores and the keys that it multiplies stay in the first two cache levels.
-constexpr int64_t kStep = 96 / kGranule * kGranule;
 
 // Partial sums end here, so that a sum of n terms loses log2(kPartial) + n / kPartial roundings, not n.
 constexpr int64_t kPartial = 64;
@@ -31,60 +29,70 @@ template <typename T> struct Cap {
   T inside = 0, outside = 0;  // 1 / cap, cap / temperature; 0: none
 };
 
-// S of the keys in `ranges`, hidden entries `hidden`, and its maximum over the keys in top[NV].
-template <typename T, int NV>
-void scores(const T* keys, int64_t key_stride, const T* queries, int64_t size, const Block& block,
-            const std::vector<Range>& ranges, const uint64_t* masks, Cap<T> cap, T hidden, T* s,
-            Vec<T>* top) {
+// Rows of one operand: row k begins k * stride elements after the first.
+template <typename Element> struct Rows {
+  const Element* first;
+  int64_t stride;
+};
+
+// S of one strip of keys, hidden entries `hidden`, and its maximum over the keys in top[NV]. Keys from
+// `end` on do not exist: they are hidden, too. `factor` belongs to pairs, whose queries are not scaled.
+template <typename Op, int NV, typename T = typename Op::Real>
+void score_strip(Rows<typename Op::Element> keys, int64_t end, const typename Op::Element* queries,
+                 int64_t words, Range strip, const uint64_t* seen, Cap<T> cap, T factor, T hidden, T* s,
+                 Vec<T>* top) {
   constexpr int W = kWidth<T>, lanes = NV * W;
+  const Stretch<typename Op::Element> stretch{keys.first + strip.begin * keys.stride, queries, words,
+                                              keys.stride, 2 * keys.stride};
+  multiply<Op, NV, false>(&stretch, 1, {1, lanes, lanes}, s, std::min(strip.end, end) - strip.begin);
   for (int v = 0; v < NV; ++v) top[v] = all<T>(-kInfinity<T>);
-  for (const Range& range : ranges) {
-    const Range part = range.clip(block.keys);
-    for (int64_t from = part.begin; from < part.end; from += kStep) {
-      const int64_t count = std::min(kStep, part.end - from);
-      T* out = s + (from - block.keys.begin) * lanes;
-      const Stretch<T> stretch{keys + from * key_stride, queries, size, key_stride};
-      multiply<T, NV, false>(&stretch, 1, {1, lanes, lanes}, out, count);
-      const uint64_t* seen = masks + (from - block.keys.begin);
-      for (int64_t j = 0; j < count; ++j, out += lanes)
-        for (int v = 0; v < NV; ++v) {
-          Vec<T> x = load(out + v * W);
-          if (cap.inside != 0) x = cap.outside * tanh<T>(x * cap.inside);
-          if (cap.inside != 0 || ~seen[j]) store(out + v * W, x = where_seen<T>(seen[j], v, x, hidden));
-          top[v] = max<T>(top[v], x);
-        }
+  for (int64_t j = 0; j < strip.size(); ++j, s += lanes)
+    for (int v = 0; v < NV; ++v) {
+      Vec<T> x = load(s + v * W);
+      if constexpr (Op::pairs) x *= factor;
+      if (cap.inside != 0) x = cap.outside * tanh<T>(x * cap.inside);
+      if (~seen[j]) x = where_seen<T>(seen[j], v, x, hidden);
+      if (Op::pairs || cap.inside != 0 || ~seen[j]) store(s + v * W, x);
+      top[v] = max<T>(top[v], x);
     }
-  }
 }
 
-// sum over the keys of exp(S - m) per lane; kKeep: S is replaced by the exponential.
+// Adds exp(S - m) of `count` keys to sum[NV]; kKeep: S is replaced by the exponential.
 template <typename T, int NV, bool kKeep>
-void exponentials(const Block& block, const std::vector<Range>& ranges, const Vec<T>* m, T* s,
-                  Vec<T>* sum) {
+void exponentials(int64_t count, const Vec<T>* m, T* s, Vec<T>* sum) {
   constexpr int W = kWidth<T>, lanes = NV * W;
-  for (int v = 0; v < NV; ++v) sum[v] = Vec<T>{};
-  for (const Range& range : ranges) {
-    const Range part = range.clip(block.keys);
-    for (int64_t from = part.begin; from < part.end; from += kPartial) {
-      const int64_t to = std::min(part.end, from + kPartial);
-      Vec<T> partial[NV] = {};
-      T* x = s + (from - block.keys.begin) * lanes;
-      for (int64_t j = from; j < to; ++j, x += lanes)
-        for (int v = 0; v < NV; ++v) {
-          const Vec<T> e = exp<T>(load(x + v * W) - m[v]);
-          if constexpr (kKeep) store(x + v * W, e);
-          partial[v] += e;
-        }
-      for (int v = 0; v < NV; ++v) sum[v] += partial[v];
+  Vec<T> partial[NV] = {};
+  for (int64_t j = 0; j < count; ++j, s += lanes)
+    for (int v = 0; v < NV; ++v) {
+      const Vec<T> e = exp<T>(load(s + v * W) - m[v]);
+      if constexpr (kKeep) store(s + v * W, e);
+      partial[v] += e;
+    }
+  for (int v = 0; v < NV; ++v) sum[v] += partial[v];
+}
+
+// The softmax's running maximum and sum over strips. Each strip's exponentials refer to the maximum so
+// far, its base; the factor that turns them into probabilities is known at the end.
+template <typename T, int NV> struct Running {
+  Vec<T> top[NV], sum[NV] = {};
+
+  Running() { for (auto& x : top) x = all<T>(-kInfinity<T>); }
+  // The maximum with one more strip, in finite[NV] 0 for rows that saw nothing yet.
+  void raise(const Vec<T>* strip_top, Vec<T>* finite) {
+    for (int v = 0; v < NV; ++v) {
+      const Vec<T> old = top[v];
+      top[v] = max<T>(old, strip_top[v]);
+      finite[v] = top[v] == -kInfinity<T> ? Vec<T>{} : top[v];
+      sum[v] *= exp<T>(old - finite[v]);
     }
   }
-}
+};
 
 // Queries [lanes, size] transposed to [size, lanes]; lanes without a row are 0.
-template <typename T>
-inline void transpose(const T* in, int64_t in_stride, int64_t live, int64_t size, int64_t lanes, T* out) {
+template <typename E>
+inline void transpose(const E* in, int64_t in_stride, int64_t live, int64_t size, int64_t lanes, E* out) {
   for (int64_t d = 0; d < size; ++d)
-    for (int64_t i = live; i < lanes; ++i) out[d * lanes + i] = T(0);
+    for (int64_t i = live; i < lanes; ++i) out[d * lanes + i] = E{};
   constexpr int64_t tile = 8;
   for (int64_t d0 = 0; d0 < size; d0 += tile)
     for (int64_t i = 0; i < live; ++i)

@@ -155,9 +155,9 @@ template <typename T> void Engine<T>::pool_block(int64_t index, int64_t group, R
     const bool before = out[4 * step + place] > 0;
     for (int which = 0; which < 2; ++which) {
       if (!call_.in_logs) {
-        T sum = 0;
-        for (int64_t i = 0; i < block.live; ++i) sum += w[i] > 0 ? w[i] * a[which][i] : T(0);
-        out[which * step + place] += sum;
+        double sum = 0;  // a plain chain of rows in float would lose too much
+        for (int64_t i = 0; i < block.live; ++i) sum += w[i] > 0 ? double(w[i]) * a[which][i] : 0.0;
+        out[which * step + place] += T(sum);
         continue;
       }
       T& total = out[(2 + which) * step + place];

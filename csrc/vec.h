@@ -9,6 +9,10 @@
 #include <limits>
 #include <type_traits>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace fastalign::FASTALIGN_ISA {
 
 #if defined(__AVX512F__)
@@ -51,6 +55,52 @@ template <typename T> inline Vec<T> min(Vec<T> a, Vec<T> b) { return a < b ? a :
 template <typename T> inline Vec<T> abs(Vec<T> a) { return a < 0 ? -a : a; }
 
 template <typename T> constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+// How a matrix product multiplies. Plain: reals. Pairs: one element is two neighbouring bfloat16 of the
+// summed dimension, multiplied and added to a float by one instruction: half the elements of the sum.
+template <typename T> struct Plain {
+  using Real = T;
+  using Element = T;
+  using Elements = Vec<T>;
+  static constexpr bool pairs = false;
+  static Elements broadcast(T x) { return all(x); }
+  static Elements read(const T* p) { return load(p); }
+  static Vec<T> add(Vec<T> sum, Elements a, Elements b) { return sum + a * b; }
+};
+
+struct __attribute__((may_alias)) BFloat16Pair { int32_t bits; };
+#ifdef __AVX512BF16__
+struct Pairs {
+  using Real = float;
+  using Element = BFloat16Pair;
+  using Elements = Ints<float>;
+  static constexpr bool pairs = true;
+  static Elements broadcast(Element x) { return x.bits - Elements{}; }
+  static Elements read(const Element* p) { return (Elements)load(reinterpret_cast<const float*>(p)); }
+  static Vec<float> add(Vec<float> sum, Elements a, Elements b) {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+  // Two vectors of reals, rounded: {lane i of both as one element, low | high << 16}.
+  static Elements pack(Vec<float> low, Vec<float> high) {
+    const Ints<float> a = rounded(low), b = rounded(high);
+    return a | (b << 16);
+  }
+  // One vector of reals, rounded: lanes 2 i and 2 i + 1 as one element, half a vector of elements.
+  static void write_row(Vec<float> x, Element* out) {
+    const __m256bh y = _mm512_cvtneps_pbh((__m512)x);
+    __builtin_memcpy(out, &y, sizeof y);
+  }
+
+ private:
+  static Ints<float> rounded(Vec<float> x) {
+    typedef uint16_t halves __attribute__((vector_size(kVectorBytes / 2)));
+    return __builtin_convertvector((halves)_mm512_cvtneps_pbh((__m512)x), Ints<float>);
+  }
+};
+template <typename T> constexpr bool kHasPairs = std::is_same_v<T, float>;
+#else
+template <typename T> constexpr bool kHasPairs = false;
+#endif
 
 // What exp and log need to know of a format: bits of the mantissa, the number 1.5 * 2^bits (adding it
 // rounds to an integer that then sits in the low bits), the range in which 2^n is normal, ln 2 in two

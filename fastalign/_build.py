@@ -40,6 +40,7 @@ _PORTABLE: dict[str, tuple[str, ...]] = {"generic": ()}
 if platform.machine() in ("x86_64", "AMD64"):
     _PORTABLE["avx2"] = ("-mavx2", "-mfma")
     _PORTABLE["avx512"] = ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma")
+    _PORTABLE["avx512_bf16"] = (*_PORTABLE["avx512"], "-mavx512bf16")
 #: A library for this machine alone holds one.
 _NATIVE: dict[str, tuple[str, ...]] = {
     "native": ("-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native",)

@@ -266,8 +266,8 @@ class _Work:
         filtered = p.spec.sink_sigma is not None
         self.moments = self.weight.new_zeros(2, 2, batch, p.groups, rows if filtered else 0)
         self.gradients = Gradients(
-            self.weight.new_zeros(p.q_s.shape if wanted & _WANT_Q else (0,)),
-            self.weight.new_zeros(p.k_s.shape if wanted & _WANT_K else (0,)),
+            self.weight.new_empty(p.q_s.shape if wanted & _WANT_Q else (0,)),
+            self.weight.new_empty(p.k_s.shape if wanted & _WANT_K else (0,)),
             self.weight.new_zeros(
                 p.mix.shape if wanted & _WANT_MIX and p.mix is not None else (0,)
             ),
