@@ -64,7 +64,11 @@ template <typename T> class Engine final : public Session {
       const Visibility visibility(call_, b);
       Sample s = select_sample(call_, b, visibility);
       if (s.row.empty() || s.key_of_column.empty()) continue;
-      cut_blocks(s, static_cast<int64_t>(samples_.size()), W, blocks_);
+      // fewer rows a block where a tile would be far larger than any cache, and the workspace with it
+      constexpr int64_t largest = 6 << 20;
+      const int64_t vector = s.all[0].end * W * int64_t(sizeof(T));
+      const int64_t vectors = std::clamp<int64_t>(largest / std::max<int64_t>(1, vector), 1, 3);
+      cut_blocks(s, static_cast<int64_t>(samples_.size()), W, vectors, blocks_);
       samples_.push_back(std::move(s));
       visibility_.push_back(visibility);
     }
@@ -86,8 +90,16 @@ template <typename T> class Engine final : public Session {
     return call_.heads == kEach ? groups.size() : side.heads;
   }
 
+  // Elements of attention to keep: half of the budget, less two tiles that are worked in.
+  int64_t slab_size() const {
+    int64_t tile = 0;
+    for (const Block& block : blocks_) tile = std::max(tile, block.tile());
+    const int64_t half = call_.budget / 2 / int64_t(sizeof(T));
+    return std::max(half / 2, half - 2 * tile);
+  }
+
   void cut_chunks() {
-    const int64_t size = sizeof(T), room = call_.budget / 4 / size, slab = call_.budget / 2 / size;
+    const int64_t size = sizeof(T), room = call_.budget / 4 / size, slab = slab_size();
     const auto count = static_cast<int64_t>(blocks_.size());
     for (int64_t from = 0; from < count;) {
       int64_t groups = call_.groups;
@@ -110,7 +122,7 @@ template <typename T> class Engine final : public Session {
   std::vector<Pass> passes(const Chunk& chunk) const {
     std::vector<Pass> out;
     if (!call_.wanted) return out;
-    const int64_t slab = call_.budget / 2 / int64_t(sizeof(T));
+    const int64_t slab = slab_size();
     const Range heads = head_range(call_.student, true, chunk);
     for (int64_t from = chunk.blocks.begin; from < chunk.blocks.end;) {
       int64_t to = from + 1;

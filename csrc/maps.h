@@ -86,7 +86,8 @@ template <typename T> void Engine<T>::enter(const Chunk& chunk) {
     scratch.scores.reset(widest_tile);
     scratch.queries.reset(3 * W * packed_stride<T>(size));
     scratch.transposed.reset(3 * W * size);
-    scratch.column.reset(widest * together_);
+    if (!keeps_exponentials(call_.student) || !keeps_exponentials(call_.teacher) || call_.heads == kMix)
+      scratch.column.reset(widest * together_);
   }
   find_masks();
 }
@@ -194,7 +195,7 @@ void Engine<T>::head_maps(bool student, int64_t index, int64_t h, Scratch& scrat
     for (int v = 0; v < NV; ++v) store(values + v * W, lse[v]);
     scatter(values, block, static_cast<T*>(from.lse) + rows);
   }
-  T* sums = scratch.column.get() + place * widest_;
+  T* sums = call_.in_logs ? scratch.column.get() + place * widest_ : nullptr;
   absorb<NV>(student, index, h, tile, lse, sums);
   if (call_.in_logs && style(student) == kMean && h + 1 == from.heads) finish_logs<NV>(student, index, sums);
 }

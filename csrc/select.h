@@ -174,16 +174,17 @@ inline Sample select_sample(const FaCall& call, int64_t b, const Visibility& vis
 }
 
 // The blocks of a sample; rows that see no compared column together are left out.
-inline void cut_blocks(const Sample& s, int64_t sample, int64_t width, std::vector<Block>& out) {
+inline void cut_blocks(const Sample& s, int64_t sample, int64_t width, int64_t vectors,
+                       std::vector<Block>& out) {
   const auto rows = static_cast<int64_t>(s.row.size());
   auto at = [](const std::vector<int32_t>& sorted, int64_t value) {
     return std::lower_bound(sorted.begin(), sorted.end(), value) - sorted.begin();
   };
-  for (int64_t first = 0; first < rows; first += 3 * width) {
+  for (int64_t first = 0; first < rows; first += vectors * width) {
     Block block{};
     block.sample = sample;
     block.first = first;
-    block.live = std::min(3 * width, rows - first);
+    block.live = std::min(vectors * width, rows - first);
     block.lanes = round_up(block.live, width);
     const auto low = *std::min_element(&s.low[first], &s.low[first] + block.live);
     const auto high = *std::max_element(&s.high[first], &s.high[first] + block.live);
