@@ -117,21 +117,7 @@ def fetch_adapter(
             )
     if adapter not in ("linear", "mlp"):
         raise ValueError(f"taf: adapter is {adapter!r}; allowed: 'linear', 'mlp'")
-    plain = student.config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version"):
-        plain.pop(name, None)
-    for name in (
-        "vision_config",
-        "vision_feature_layer",
-        "vision_feature_select_strategy",
-        "projector_hidden_act",
-        "multimodal_projector_bias",
-        "image_seq_length",
-    ):
-        plain[name] = copy.deepcopy(teacher.config.to_dict()[name])
-    config = TafLlavaConfig(
-        **plain, fetched_width=teacher.config.text_config.hidden_size, adapter=adapter
-    )
+    config = taf_config(student.config, teacher.config, adapter)
     made = TafLlavaForConditionalGeneration(config)
     dtype = student.lm_head.weight.dtype
     made.model.language_model = student.model.language_model
@@ -145,6 +131,23 @@ def fetch_adapter(
     made.config.text_config = student.model.language_model.config
     made.model.config = made.config
     return made
+
+
+def taf_config(student: Any, teacher: Any, adapter: str) -> TafLlavaConfig:
+    """The configuration of a student (a LLaVA's configuration) with the teacher's tower and projector."""
+    plain = student.to_dict()
+    for name in ("model_type", "architectures", "transformers_version"):
+        plain.pop(name, None)
+    for name in (
+        "vision_config",
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+        "projector_hidden_act",
+        "multimodal_projector_bias",
+        "image_seq_length",
+    ):
+        plain[name] = copy.deepcopy(teacher.to_dict()[name])
+    return TafLlavaConfig(**plain, fetched_width=teacher.text_config.hidden_size, adapter=adapter)
 
 
 def fold(model: TafLlavaForConditionalGeneration) -> TafLlavaForConditionalGeneration:
