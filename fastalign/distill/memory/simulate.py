@@ -147,7 +147,7 @@ def run_head(
     if fused:
         with LiveBytes() as live:
             fused_linear_losses(hidden, head, targets, theirs, head_t)
-        return live.peak
+        return int(live.peak)
     with LiveBytes() as live:
         logits = torch.empty(positions, vocabularies[0], dtype=dtypes[0]).requires_grad_()
         logits_t = None
@@ -160,7 +160,7 @@ def run_head(
             at = torch.empty(tokens, dtype=torch.long)
             total = total + kd_sum(logits[at], logits_t[at])
         total.backward()
-    return live.peak
+    return int(live.peak)
 
 
 def _decoder(model: Any) -> nn.Module:
