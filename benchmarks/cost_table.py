@@ -100,8 +100,8 @@ def code_loss(student: Tensor, teacher: Tensor) -> Tensor:
         bound = flat.mean(1) + flat.std(1)
         keep = keep & (maps <= bound[:, None, None])
     count = keep.sum(1).clamp(min=1)
-    pooled = [(maps * keep).sum(1) / count for maps in (student, teacher)]
-    loss: Tensor = (1 - torch.cosine_similarity(*pooled, dim=-1)).sum()
+    ours, theirs = ((maps * keep).sum(1) / count for maps in (student, teacher))
+    loss: Tensor = (1 - torch.cosine_similarity(ours, theirs, dim=-1)).sum()
     return loss
 
 

@@ -78,7 +78,7 @@ def config_of(study: Study, task: type[Task], condition: str) -> dict[str, Any]:
         StudyError: an entry that the task's settings do not have, or a wrong value.
     """
     try:
-        settings = from_plain(
+        settings: Any = from_plain(
             task.Settings, study.settings_of(condition), f"conditions.{condition}"
         )
     except RecipeError as error:

@@ -21,7 +21,7 @@ def heat_figure(grids: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -
 
     figure = Figure(figsize=(1.2 + 3.2 * len(grids), 3.4), layout="constrained")
     axes = figure.subplots(1, len(grids), squeeze=False)[0]
-    image = None
+    image: Any = None
     for axis, (name, grid) in zip(axes, grids.items(), strict=True):
         rows = sorted(grid, key=int)
         columns = sorted(grid[rows[0]], key=int)
