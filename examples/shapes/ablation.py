@@ -1,5 +1,5 @@
 # mypy: disable-error-code="attr-defined,valid-type"
-# (the class attribute Settings hides the type of that name; renaming it would be other code for the records)
+# (the class attribute Settings hides the type of that name; renaming it would be other code for records)
 """The shapes world as a task for ``fastalign ablate``: one student, one condition, one seed.
 
 The student, its data, optimisers and schedule are the demo's; what is summed is a recipe's ``losses``.
