@@ -24,14 +24,13 @@ class Ceilings:
     def floor_seconds(self, shape: Shape, mode: str = "fwd+bwd") -> tuple[float, float]:
         """The least (GEMM, exponential) time of one step of a shape.
 
-        Per visible (row, key, head): the scores of both models, 2 D FLOP; with gradients the student's
-        recomputation, dq and dk, 6 D more; exponentials 1 for each model, and 1 more for the student.
+        Per visible (row, key, head): the scores of both models, 2 D FLOP; with gradients dq and dk, 4 D
+        more; one exponential for each model. Computing scores twice counts against the provider.
         """
         (h_s, h_t), pairs = shape.heads, shape.pairs()
-        again = mode == "fwd+bwd"
-        flops = pairs * shape.size * ((8 if again else 2) * h_s + 2 * h_t)
+        flops = pairs * shape.size * ((6 if mode == "fwd+bwd" else 2) * h_s + 2 * h_t)
         rate = max(self.gemm["float32"], self.gemm.get(str(shape.dtype).removeprefix("torch."), 0))
-        return flops / rate, pairs * ((2 if again else 1) * h_s + h_t) / self.exp
+        return flops / rate, pairs * (h_s + h_t) / self.exp
 
     def metrics(self) -> dict[str, float]:
         """By name, in GFLOP/s, billions of exponentials a second, GB/s."""

@@ -15,7 +15,7 @@ from .modes import MODES
 from .plot import NAMES, picture_of
 from .providers import OURS
 from .shapes import REQUIRED, SHAPES, SWEEP
-from .table import RESULTS, Row, read
+from .table import Row, read, result_files
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- results: begin (python -m benchmarks.page) -->", "<!-- results: end -->"
@@ -211,7 +211,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would change")
     options = parser.parse_args()
     old = PAGE.read_text()
-    new = page(old, sorted(RESULTS.glob("*.csv")))
+    new = page(old, result_files())
     if options.check:
         if old != new:
             print(

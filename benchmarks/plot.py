@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .providers import OURS
 from .shapes import SHAPES, SWEEP
-from .table import RESULTS, Row, read
+from .table import RESULTS, Row, read, result_files
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 #: How providers are called in pictures and tables.
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("results", nargs="*", type=Path, help="default: benchmarks/results/*.csv")
     parser.add_argument("--out", type=Path, help="a file; with one CSV only")
     options = parser.parse_args()
-    files = options.results or sorted(RESULTS.glob("*.csv"))
+    files = options.results or result_files()
     if not files:
         parser.error(f"no results: none given, none in {RESULTS}")
     if options.out and len(files) > 1:

@@ -296,7 +296,7 @@ def _lacks(provider: str, device: str) -> str:
     if provider == "flex_identity" and device == "cpu":
         return "FlexAttention has no backward on CPUs"
     if provider == "triton":
-        from fastalign.backends.triton import INSTALLED, interpreting
+        from fastalign.backends.triton import INSTALLED, interpreting  # type: ignore[attr-defined]
 
         if not INSTALLED:
             return "the package triton is not installed"

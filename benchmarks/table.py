@@ -75,13 +75,23 @@ def read(path: Path) -> list[Row]:
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path} has columns {reader.fieldnames}; expected {COLUMNS}")
         return [
-            Row(**{
+            Row(**{  # type: ignore[arg-type]
                 **line,
                 **{name: int(line[name]) for name in ("x", "n")},
                 **{name: float(line[name]) for name in ("p20", "p50", "p80")},
             })
             for line in reader
         ]  # fmt: skip
+
+
+def result_files() -> list[Path]:
+    """The committed results of this schema; other benchmarks keep theirs beside them."""
+    return [file for file in sorted(RESULTS.glob("*.csv")) if _header(file) == COLUMNS]
+
+
+def _header(file: Path) -> tuple[str, ...]:
+    with file.open(newline="") as lines:
+        return tuple(next(csv.reader(lines), ()))
 
 
 def device_name(device: str) -> str:

@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <random>
 #include <string>
@@ -107,8 +108,10 @@ template <typename Real> class Problem {
 
   // Everything that one choice of threads and workspace gives, or nothing if a call fails.
   std::vector<Real> run(int64_t threads, int64_t budget) {
-    for (auto* x : {&lse_s_, &lse_t_, &statistics_, &entries_, &pool_, &moments_, &d_q_, &d_k_, &d_mix_})
+    for (auto* x : {&lse_s_, &lse_t_, &statistics_, &entries_, &pool_, &moments_, &d_mix_})
       std::fill(x->begin(), x->end(), Real(0));
+    for (auto* x : {&d_q_, &d_k_})  // written everywhere, also where nothing is compared
+      std::fill(x->begin(), x->end(), std::numeric_limits<Real>::quiet_NaN());
     call.threads = threads;
     call.budget = budget;
     void* session = nullptr;

@@ -244,7 +244,7 @@ class _Together(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, q: Tensor, k: Tensor, mix: Tensor | None, arguments: tuple[Any, ...]
     ) -> Tensor:
         loss: Tensor
@@ -254,12 +254,12 @@ class _Together(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return (None, None, None, None)
         if torch.is_grad_enabled():  # create_graph: through the operator that has no derivative
             scaled = torch.ops.fastalign.scale_gradients(*ctx.saved_tensors, grad)
         else:
-            scaled = _scale(*ctx.saved_tensors, grad)
+            scaled = _scale(*ctx.saved_tensors, grad)  # type: ignore[call-arg]
         wanted = ctx.needs_input_grad[:3]
         return (*(x if asked else None for x, asked in zip(scaled, wanted, strict=True)), None)

@@ -87,7 +87,7 @@ class Objective:
             if widths[0] != widths[1]:
                 head = self.student.model.get_output_embeddings().weight
                 dtype = torch.promote_types(head.dtype, torch.float32)
-                self.extra["projection"] = nn.Linear(*widths, device=head.device, dtype=dtype)
+                self.extra["projection"] = nn.Linear(*widths, device=head.device, dtype=dtype)  # type: ignore[misc]
         if self.alignment is not None and self.alignment.mix is not None:
             self.extra["mix"] = self.alignment.mix
         self._checked = False

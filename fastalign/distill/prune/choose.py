@@ -121,7 +121,7 @@ def choose(model: Any, sizes: Sizes, importance: Importance, score: Score = "act
 
 def _best(scores: Tensor, count: int) -> list[int]:
     order = scores.argsort(descending=True, stable=True)[:count]
-    return order.sort().values.tolist()  # type: ignore[no-any-return]
+    return order.sort().values.tolist()
 
 
 def _groups(scores: Tensor, groups: int, want: dict[str, int]) -> tuple[list[int], list[int]]:
@@ -136,4 +136,4 @@ def _groups(scores: Tensor, groups: int, want: dict[str, int]) -> tuple[list[int
 def _reads(linear: Any, units: int) -> Tensor:
     """[units] Frobenius norm of the columns of ``linear`` that read each unit."""
     weight: Tensor = linear.weight.detach().double().cpu()
-    return torch.linalg.vector_norm(weight.unflatten(1, (units, -1)), dim=(0, 2))
+    return torch.linalg.vector_norm(weight.unflatten(1, (units, -1)), dim=(0, 2))  # type: ignore[no-any-return]

@@ -153,7 +153,7 @@ class _Sums:
             before = arguments[0] if arguments else keywords["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
             pair = (_wide(x[self.valid]) for x in (before, after))
-            cosine = F.cosine_similarity(*pair, dim=-1).double().sum()
+            cosine = F.cosine_similarity(*pair, dim=-1).double().sum()  # type: ignore[misc, arg-type]
             _accumulate(self.cosines, index, cosine)
 
         return hook
