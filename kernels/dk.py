@@ -16,7 +16,90 @@ from .dq import HeadTensors
 from .launch import Call, Side, blocks_of, launch
 from .lists import KeyList
 from .map_gradient import Workspace
-from .primitives import load_tile, score_gradient, slot, tile_offsets, visible, workspace_offsets
+from .primitives import (
+    edge_tile,
+    inner_tiles,
+    load_tile,
+    reached,
+    score_gradient,
+    slot,
+    tile_offsets,
+    visible,
+    workspace_offsets,
+)
+
+
+@triton.jit
+def by_row(b, TURNED: tl.constexpr):
+    """A row vector [BR], to broadcast against a tile."""
+    return b[None, :] if TURNED else b[:, None]
+
+
+@triton.jit
+def by_key(b, TURNED: tl.constexpr):
+    """A key vector [BC], to broadcast against a tile."""
+    return b[:, None] if TURNED else b[None, :]
+
+
+@triton.jit
+def _add_tile(
+    b_acc, b_k, p_q, p_g, p_x, o_map, p_fold, p_lse, p_delta, p_rows, o_r, o_c, o_d,
+    b_who, b_lo, b_hi, sqr, row_length, window, row_start, row_end, pitch, factor, cap,
+    MASK: tl.constexpr, TURNED: tl.constexpr, INSIDE: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr,
+    LOGS: tl.constexpr, SCORES: tl.constexpr,
+    INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """b_acc [BC, BD] plus dS^T q over the rows o_r of one head.
+
+    The tile of scores lies as [BR, BC], or TURNED as [BC, BR]: as the second product's left operand.
+    """
+    b_row = slot(p_rows, o_r, row_length, 0, 0)  # [BR]
+    b_q = load_tile(p_q, tile_offsets(b_row, sqr, o_d, WIDE), o_d, D, BD, UPCAST)  # [BR, BD]
+    if TURNED:
+        b_dot = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BC, BR]
+    else:
+        b_dot = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
+    b_g = b_dot
+    b_x = b_dot
+    if INSIDE:
+        o_w = workspace_offsets(by_row(o_r - row_start, TURNED), by_key(o_c, TURNED), pitch)
+        b_g = tl.load(p_g + o_map + o_w)
+        if LOGS:
+            b_x = tl.load(p_x + o_map + o_w)
+    b_l = o_r  # with SCORES no row vector is read
+    b_fold = b_l
+    b_delta = b_l
+    if not SCORES:
+        b_fold = tl.load(p_fold + b_row)  # [BR]
+        b_delta = tl.load(p_delta + b_row)  # [BR]
+        if LOGS:
+            b_l = tl.load(p_lse + b_row)  # [BR]
+    b_ds = score_gradient(
+        b_dot, b_g, b_x, by_row(b_l, TURNED), by_row(b_fold, TURNED), by_row(b_delta, TURNED),
+        factor, cap, INSIDE, LOGS, SCORES, CAP,
+    )  # fmt: skip
+    if MASK:
+        b_r = by_row(o_r, TURNED)
+        if INTERVAL:
+            b_see = (b_r >= by_key(b_lo, TURNED)) & (b_r < by_key(b_hi, TURNED))
+        else:
+            b_j, b_sj, b_bj = b_who
+            b_i = slot(p_rows, o_r, row_length, 1, -1)  # [BR]
+            b_si = slot(p_rows, o_r, row_length, 2, -2)  # [BR]
+            b_bi = slot(p_rows, o_r, row_length, 3, -1)  # [BR]
+            b_see = visible(
+                by_row(b_i, TURNED), by_row(b_si, TURNED), by_row(b_bi, TURNED),
+                by_key(b_j, TURNED), by_key(b_sj, TURNED), by_key(b_bj, TURNED),
+                window, CAUSAL, WINDOW, BLOCKS,
+            )  # fmt: skip
+            b_see = b_see & (b_r < row_end)
+        b_ds = tl.where(b_see, b_ds, 0.0)
+    b_ds = b_ds.to(b_q.dtype)
+    if not TURNED:
+        b_ds = tl.trans(b_ds)  # [BC, BR]
+    return b_acc + tl.dot(b_ds, b_q, input_precision=PRECISION)
 
 
 @triton.jit
@@ -26,7 +109,7 @@ def _dk(
     rows, row_length, key_length, length, window, row_start, row_end, pitch, space, slope,
     BR: tl.constexpr, BC: tl.constexpr, DS: tl.constexpr, BDS: tl.constexpr, CAP_S: tl.constexpr,
     EACH: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr, INSIDE: tl.constexpr,
-    ADD: tl.constexpr,
+    ADD: tl.constexpr, TURNED: tl.constexpr, EDGE_STAGES: tl.constexpr,
     INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
     WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -40,12 +123,14 @@ def _dk(
     o_d = tl.arange(0, BDS)  # [BD]
     b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
     b_sj = slot(p_keys, o_c, key_length, 1, -1)  # [BC]
-    b_bj = slot(p_keys, o_c, key_length, 2, -1)  # [BC]
+    b_who = (b_j, b_sj, slot(p_keys, o_c, key_length, 2, -1))
     # rows of this chunk that can see each key: what the loop covers, and with INTERVAL the mask
     b_lo = tl.maximum(slot(p_keys, o_c, key_length, 3, row_length), row_start)  # [BC]
     b_hi = tl.minimum(slot(p_keys, o_c, key_length, 4, 0), row_end)  # [BC]
-    i_lo = (tl.min(b_lo) - row_start) // BR
-    i_hi = tl.cdiv(tl.maximum(tl.max(b_hi) - row_start, 0), BR)
+    i_lo, i_hi = reached(b_lo - row_start, b_hi - row_start, BR)
+    i_in, i_out = inner_tiles(
+        b_sj >= 0, b_lo - row_start, b_hi - row_start, i_lo, i_hi, BR, INTERVAL
+    )
     b_k = load_tile(p_ks, tile_offsets(b_j, skl_s, o_d, WIDE), o_d, DS, BDS, UPCAST)  # [BC, BD]
 
     b_acc = tl.zeros([BC, BDS], tl.float32)
@@ -53,45 +138,27 @@ def _dk(
         i_h = i_k * REPEAT_S + i_share
         o_bh = i_b * heads_s + i_h
         i_g = o_bh if EACH else i_b
-        for i_r in range(i_lo, i_hi):
-            o_r = row_start + i_r * BR + tl.arange(0, BR)  # [BR]
-            b_row = slot(p_rows, o_r, row_length, 0, 0)  # [BR]
-            o_q = tile_offsets(b_row, sqr_s, o_d, WIDE)  # [BR, BD]
-            b_q = load_tile(p_qs + i_h * sqh_s, o_q, o_d, DS, BDS, UPCAST)
-            if INTERVAL:
-                b_see = (o_r[:, None] >= b_lo[None, :]) & (o_r[:, None] < b_hi[None, :])
-            else:
-                b_i = slot(p_rows, o_r, row_length, 1, -1)  # [BR]
-                b_si = slot(p_rows, o_r, row_length, 2, -2)  # [BR]
-                b_bi = slot(p_rows, o_r, row_length, 3, -1)  # [BR]
-                b_see = visible(
-                    b_i[:, None], b_si[:, None], b_bi[:, None],
-                    b_j[None, :], b_sj[None, :], b_bj[None, :],
-                    window, CAUSAL, WINDOW, BLOCKS,
-                )  # fmt: skip
-                b_see = b_see & (o_r < row_end)[:, None]  # [BR, BC]
-            b_dot = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
-            b_g = b_dot
-            b_x = b_dot
-            if INSIDE:
-                o_w = workspace_offsets((o_r - row_start)[:, None], o_c[None, :], pitch)  # [BR, BC]
-                b_g = tl.load(p_g + i_g * space + o_w)
-                if LOGS:
-                    b_x = tl.load(p_x + i_g * space + o_w)
-            b_l = tl.zeros([BR], tl.float32)
-            b_fold = b_l
-            b_delta = b_l
-            if not SCORES:
-                b_fold = tl.load(p_fold + o_bh * rows + b_row)  # [BR]
-                b_delta = tl.load(p_delta + o_bh * rows + b_row)  # [BR]
-                if LOGS:
-                    b_l = tl.load(p_lse + o_bh * rows + b_row)  # [BR]
-            b_ds = score_gradient(
-                b_dot, b_g, b_x, b_l[:, None], b_fold[:, None], b_delta[:, None], b_see,
-                factor_s, cap_s, INSIDE, LOGS, SCORES, CAP_S,
+        for i_edge in tl.range(i_lo, i_hi - (i_out - i_in), num_stages=EDGE_STAGES):
+            o_r = row_start + edge_tile(i_edge, i_in, i_out) * BR + tl.arange(0, BR)  # [BR]
+            b_acc = _add_tile(
+                b_acc, b_k, p_qs + i_h * sqh_s, p_g, p_x, i_g * space,
+                p_fold + o_bh * rows, p_lse + o_bh * rows, p_delta + o_bh * rows,
+                p_rows, o_r, o_c, o_d, b_who, b_lo, b_hi,
+                sqr_s, row_length, window, row_start, row_end, pitch, factor_s, cap_s,
+                True, TURNED, INSIDE, DS, BDS, CAP_S, LOGS, SCORES,
+                INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
             )  # fmt: skip
-            b_ds = tl.trans(b_ds.to(b_q.dtype))  # [BC, BR]
-            b_acc += tl.dot(b_ds, b_q, input_precision=PRECISION)  # [BC, BD]
+        if INTERVAL:
+            for i_r in range(i_in, i_out):
+                o_r = row_start + i_r * BR + tl.arange(0, BR)  # [BR]
+                b_acc = _add_tile(
+                    b_acc, b_k, p_qs + i_h * sqh_s, p_g, p_x, i_g * space,
+                    p_fold + o_bh * rows, p_lse + o_bh * rows, p_delta + o_bh * rows,
+                    p_rows, o_r, o_c, o_d, b_who, b_lo, b_hi,
+                    sqr_s, row_length, window, row_start, row_end, pitch, factor_s, cap_s,
+                    False, TURNED, INSIDE, DS, BDS, CAP_S, LOGS, SCORES,
+                    INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
+                )  # fmt: skip
 
     i_kv = i_b * (heads_s // REPEAT_S) + i_k
     o_out = (i_kv * length + b_j)[:, None] * DS + o_d[None, :]  # [BC, BD]
@@ -141,6 +208,9 @@ def dk(
                 "SCORES": call.scores,
                 "INSIDE": keys is call.lists.compared,
                 "ADD": add,
+                "TURNED": tile.turned,
+                # turned, key bounds and row vectors fill the registers: no room for a second pipeline
+                "EDGE_STAGES": 1 if tile.turned else tile.stages,
                 "BR": tile.rows,
                 "BC": tile.keys,
             },

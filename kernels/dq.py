@@ -15,44 +15,82 @@ from torch import Tensor
 
 from .launch import Call, Side, blocks_of, launch
 from .map_gradient import Workspace
-from .primitives import load_tile, score_gradient, seen_keys, slot, tile_offsets, workspace_offsets
+from .primitives import (
+    edge_tile,
+    inner_tiles,
+    load_tile,
+    reached,
+    row_block,
+    score_gradient,
+    seen_keys,
+    slot,
+    tile_offsets,
+    workspace_offsets,
+)
+
+
+@triton.jit
+def _add_tile(
+    b_acc, b_q, p_ks, p_g, p_x, p_keys, o_g, o_c, o_d, b_who, b_lo, b_hi, b_l, b_fold, b_delta,
+    skl, key_length, window, pitch, factor, cap,
+    MASK: tl.constexpr, INSIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr,
+    LOGS: tl.constexpr, SCORES: tl.constexpr,
+    INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """b_acc [BR, BD] plus dS k over the keys o_c."""
+    b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
+    b_k = load_tile(p_ks, tile_offsets(b_j, skl, o_d, WIDE), o_d, D, BD, UPCAST)  # [BC, BD]
+    b_dot = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
+    b_g = b_dot
+    b_x = b_dot
+    if INSIDE:
+        o_w = workspace_offsets(o_g[:, None], o_c[None, :], pitch)  # [BR, BC]
+        b_g = tl.load(p_g + o_w)
+        if LOGS:
+            b_x = tl.load(p_x + o_w)
+    b_ds = score_gradient(
+        b_dot, b_g, b_x, b_l[:, None], b_fold[:, None], b_delta[:, None], factor, cap,
+        INSIDE, LOGS, SCORES, CAP,
+    )  # fmt: skip
+    if MASK:
+        b_see = seen_keys(
+            p_keys, o_c, b_j, b_lo, b_hi, b_who, key_length, window,
+            INTERVAL, CAUSAL, WINDOW, BLOCKS,
+        )  # fmt: skip
+        b_ds = tl.where(b_see, b_ds, 0.0)
+    return b_acc + tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PRECISION)
 
 
 @triton.jit
 def _sweep(
-    b_acc, b_q, p_ks, p_g, p_x, p_rows, p_keys, o_r, o_g, o_d, b_i, b_si, b_bi, b_here,
-    b_l, b_fold, b_delta, skl, row_length, key_length, window, pitch, factor, cap,
-    LO: tl.constexpr, INSIDE: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    b_acc, b_q, p_ks, p_g, p_x, p_keys, o_g, o_d, b_here, b_who, b_lo, b_hi, b_l, b_fold, b_delta,
+    skl, key_length, window, pitch, factor, cap,
+    INSIDE: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     CAP: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr,
     INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
     WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """b_acc [BR, BD] plus dS k over one list of keys."""
-    b_lo = slot(p_rows, o_r, row_length, LO, key_length)  # [BR]
-    b_hi = slot(p_rows, o_r, row_length, LO + 1, 0)  # [BR]
-    i_lo = tl.min(b_lo) // BC
-    i_hi = tl.cdiv(tl.max(b_hi), BC)
-    for i_c in range(i_lo, i_hi):
-        o_c = i_c * BC + tl.arange(0, BC)  # [BC]
-        b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
-        b_k = load_tile(p_ks, tile_offsets(b_j, skl, o_d, WIDE), o_d, D, BD, UPCAST)  # [BC, BD]
-        b_see = seen_keys(
-            p_keys, o_c, b_j, b_lo, b_hi, b_i, b_si, b_bi, key_length, window,
-            INTERVAL, CAUSAL, WINDOW, BLOCKS,
+    """b_acc [BR, BD] plus dS k over one list of keys: the tiles that need a mask, then the others."""
+    i_lo, i_hi = reached(b_lo, b_hi, BC)
+    i_in, i_out = inner_tiles(b_here, b_lo, b_hi, i_lo, i_hi, BC, INTERVAL)
+    for i_edge in range(i_lo, i_hi - (i_out - i_in)):
+        o_c = edge_tile(i_edge, i_in, i_out) * BC + tl.arange(0, BC)  # [BC]
+        b_acc = _add_tile(
+            b_acc, b_q, p_ks, p_g, p_x, p_keys, o_g, o_c, o_d, b_who, b_lo, b_hi,
+            b_l, b_fold, b_delta, skl, key_length, window, pitch, factor, cap,
+            True, INSIDE, D, BD, CAP, LOGS, SCORES,
+            INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
         )  # fmt: skip
-        b_dot = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
-        b_g = b_dot
-        b_x = b_dot
-        if INSIDE:
-            o_w = workspace_offsets(o_g[:, None], o_c[None, :], pitch)  # [BR, BC]
-            b_g = tl.load(p_g + o_w)
-            if LOGS:
-                b_x = tl.load(p_x + o_w)
-        b_ds = score_gradient(
-            b_dot, b_g, b_x, b_l[:, None], b_fold[:, None], b_delta[:, None], b_see,
-            factor, cap, INSIDE, LOGS, SCORES, CAP,
-        )  # fmt: skip
-        b_acc += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PRECISION)  # [BR, BD]
+    if INTERVAL:
+        for i_c in range(i_in, i_out):
+            o_c = i_c * BC + tl.arange(0, BC)  # [BC]
+            b_acc = _add_tile(
+                b_acc, b_q, p_ks, p_g, p_x, p_keys, o_g, o_c, o_d, b_who, b_lo, b_hi,
+                b_l, b_fold, b_delta, skl, key_length, window, pitch, factor, cap,
+                False, INSIDE, D, BD, CAP, LOGS, SCORES,
+                INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
+            )  # fmt: skip
     return b_acc
 
 
@@ -75,11 +113,8 @@ def _dq(
 
     o_r = row_start + i_r * BR + tl.arange(0, BR)  # [BR]
     o_d = tl.arange(0, BDS)  # [BD]
-    b_row = slot(p_rows, o_r, row_length, 0, 0)  # [BR]
-    b_i = slot(p_rows, o_r, row_length, 1, -1)  # [BR]
-    b_si = slot(p_rows, o_r, row_length, 2, -2)  # [BR]
-    b_bi = slot(p_rows, o_r, row_length, 3, -1)  # [BR]
-    b_here = (o_r < row_end) & (b_i >= 0)  # [BR]
+    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6, key_length)
+    b_here = (o_r < row_end) & (b_who[0] >= 0)  # [BR]
     i_g = o_bh if EACH else i_b
     o_g = o_r - row_start  # [BR]
     p_g += i_g * space
@@ -97,18 +132,19 @@ def _dq(
 
     b_acc = tl.zeros([BR, BDS], tl.float32)
     b_acc = _sweep(
-        b_acc, b_q, p_ks, p_g, p_x, p_rows, p_keys, o_r, o_g, o_d, b_i, b_si, b_bi, b_here,
-        b_l, b_fold, b_delta, skl_s, row_length, key_length, window, pitch, factor_s, cap_s,
-        6, True, BC, DS, BDS, CAP_S, LOGS, SCORES, INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE,
-        UPCAST, PRECISION,
+        b_acc, b_q, p_ks, p_g, p_x, p_keys, o_g, o_d, b_here, b_who, b_lo, b_hi,
+        b_l, b_fold, b_delta, skl_s, key_length, window, pitch, factor_s, cap_s,
+        True, BC, DS, BDS, CAP_S, LOGS, SCORES,
+        INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
     )  # fmt: skip
     if OTHERS:
+        b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 8, key_length)
         b_acc = _sweep(
-            b_acc, b_q, p_ks, p_g, p_x, p_rows, p_others + i_b * 5 * key_length, o_r, o_g, o_d,
-            b_i, b_si, b_bi, b_here,
-            b_l, b_fold, b_delta, skl_s, row_length, key_length, window, pitch, factor_s, cap_s,
-            8, False, BC, DS, BDS, CAP_S, LOGS, SCORES, INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE,
-            UPCAST, PRECISION,
+            b_acc, b_q, p_ks, p_g, p_x, p_others + i_b * 5 * key_length, o_g, o_d,
+            b_here, b_who, b_lo, b_hi,
+            b_l, b_fold, b_delta, skl_s, key_length, window, pitch, factor_s, cap_s,
+            False, BC, DS, BDS, CAP_S, LOGS, SCORES,
+            INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
         )  # fmt: skip
     o_out = (o_bh * rows + b_row)[:, None] * DS + o_d[None, :]  # [BR, BD]
     b_out = (b_acc * tl.load(slope)).to(p_out.dtype.element_ty)
@@ -135,7 +171,7 @@ class HeadTensors:
 
 def dq(call: Call, side: Side, heads: HeadTensors, space: Workspace, out: Tensor) -> None:
     """Write dq of the workspace's rows into out [B, H, R, D], contiguous, zero elsewhere."""
-    tile = call.tile("dq", side.size)
+    tile = call.tile("dq_logs" if call.logs else "dq", side.size)
     launch(
         _dq,
         (blocks_of(space.end - space.start, tile.rows), side.heads, call.batch),

@@ -21,9 +21,13 @@ from .launch import Call, Side, blocks_of, launch
 from .primitives import (
     LN2,
     LOG2E,
+    edge_tile,
+    inner_tiles,
     load_tile,
     log2_scores,
     online_logsumexp,
+    reached,
+    row_block,
     seen_keys,
     slot,
     tile_offsets,
@@ -31,46 +35,80 @@ from .primitives import (
 
 
 @triton.jit
-def _sweep(
-    b_ms, b_ls, b_mt, b_lt, b_a, b_b, b_qs, b_qt, p_ks, p_kt, p_rows, p_keys, o_r, o_ds, o_dt,
-    b_i, b_si, b_bi, skl_s, skl_t, row_length, key_length, window,
-    factor_s, cap_s, factor_t, cap_t,
-    LO: tl.constexpr, INSIDE: tl.constexpr, BC: tl.constexpr,
+def _add_tile(
+    state, b_qs, b_qt, p_ks, p_kt, p_keys, o_c, o_ds, o_dt, b_who, b_lo, b_hi,
+    skl_s, skl_t, key_length, window, factor_s, cap_s, factor_t, cap_t,
+    MASK: tl.constexpr, INSIDE: tl.constexpr,
     DS: tl.constexpr, BDS: tl.constexpr, CAP_S: tl.constexpr,
     DT: tl.constexpr, BDT: tl.constexpr, CAP_T: tl.constexpr,
     INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
     WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The six running numbers [BR] after one list of keys."""
-    b_lo = slot(p_rows, o_r, row_length, LO, key_length)  # [BR]
-    b_hi = slot(p_rows, o_r, row_length, LO + 1, 0)  # [BR]
-    for i_c in range(tl.min(b_lo) // BC, tl.cdiv(tl.max(b_hi), BC)):
-        o_c = i_c * BC + tl.arange(0, BC)  # [BC]
-        b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
+    """The state with the keys o_c in it."""
+    b_ms, b_ls, b_mt, b_lt, b_a, b_b = state
+    b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
+    b_k = load_tile(p_ks, tile_offsets(b_j, skl_s, o_ds, WIDE), o_ds, DS, BDS, UPCAST)
+    b_s = tl.dot(b_qs, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
+    b_s = log2_scores(b_s, factor_s, cap_s, CAP_S)
+    b_k = load_tile(p_kt, tile_offsets(b_j, skl_t, o_dt, WIDE), o_dt, DT, BDT, UPCAST)
+    b_t = tl.dot(b_qt, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
+    b_t = log2_scores(b_t, factor_t, cap_t, CAP_T)
+    b_gap = b_t - b_s
+    if MASK:
         b_see = seen_keys(
-            p_keys, o_c, b_j, b_lo, b_hi, b_i, b_si, b_bi, key_length, window,
+            p_keys, o_c, b_j, b_lo, b_hi, b_who, key_length, window,
             INTERVAL, CAUSAL, WINDOW, BLOCKS,
         )  # fmt: skip
-        b_k = load_tile(p_ks, tile_offsets(b_j, skl_s, o_ds, WIDE), o_ds, DS, BDS, UPCAST)
-        b_s = tl.dot(b_qs, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
-        b_s = log2_scores(b_s, factor_s, cap_s, CAP_S)
-        b_k = load_tile(p_kt, tile_offsets(b_j, skl_t, o_dt, WIDE), o_dt, DT, BDT, UPCAST)
-        b_t = tl.dot(b_qt, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
-        b_t = log2_scores(b_t, factor_t, cap_t, CAP_T)
-        b_ms, b_ls = online_logsumexp(b_ms, b_ls, tl.where(b_see, b_s, float("-inf")))
-        b_old = b_mt
-        b_mt = tl.maximum(b_mt, tl.max(tl.where(b_see, b_t, float("-inf")), 1))
-        b_pivot = tl.where(b_mt == float("-inf"), 0.0, b_mt)
-        b_move = tl.exp2(b_old - b_pivot)  # [BR], 0 at the first visible tile
-        b_p = tl.where(b_see, tl.exp2(b_t - b_pivot[:, None]), 0.0)  # [BR, BC]
-        b_new = tl.sum(b_p, 1)
-        b_lt = b_lt * b_move + b_new
-        b_a = b_a * b_move
-        b_b = b_b * b_move
-        if INSIDE:
-            b_a += tl.sum(tl.where(b_see, b_p * (b_t - b_s), 0.0), 1)
-            b_b += b_new
+        b_s = tl.where(b_see, b_s, float("-inf"))
+        b_t = tl.where(b_see, b_t, float("-inf"))
+        b_gap = tl.where(b_see, b_gap, 0.0)
+    b_ms, b_ls = online_logsumexp(b_ms, b_ls, b_s)
+    b_old = b_mt
+    b_mt = tl.maximum(b_mt, tl.max(b_t, 1))
+    b_pivot = tl.where(b_mt == float("-inf"), 0.0, b_mt)
+    b_move = tl.exp2(b_old - b_pivot)  # [BR], 0 at the first visible tile
+    b_p = tl.exp2(b_t - b_pivot[:, None])  # [BR, BC]
+    b_new = tl.sum(b_p, 1)
+    b_lt = b_lt * b_move + b_new
+    b_a = b_a * b_move
+    b_b = b_b * b_move
+    if INSIDE:
+        b_a += tl.sum(b_p * b_gap, 1)
+        b_b += b_new
     return b_ms, b_ls, b_mt, b_lt, b_a, b_b
+
+
+@triton.jit
+def _sweep(
+    state, b_qs, b_qt, p_ks, p_kt, p_keys, o_ds, o_dt, b_who, b_lo, b_hi,
+    skl_s, skl_t, key_length, window, factor_s, cap_s, factor_t, cap_t,
+    INSIDE: tl.constexpr, BC: tl.constexpr,
+    DS: tl.constexpr, BDS: tl.constexpr, CAP_S: tl.constexpr,
+    DT: tl.constexpr, BDT: tl.constexpr, CAP_T: tl.constexpr,
+    INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state, six numbers [BR], after one list of keys: tiles that need a mask, then the others."""
+    i_lo, i_hi = reached(b_lo, b_hi, BC)
+    i_in, i_out = inner_tiles(b_who[0] >= 0, b_lo, b_hi, i_lo, i_hi, BC, INTERVAL)
+    for i_edge in range(i_lo, i_hi - (i_out - i_in)):
+        o_c = edge_tile(i_edge, i_in, i_out) * BC + tl.arange(0, BC)  # [BC]
+        state = _add_tile(
+            state, b_qs, b_qt, p_ks, p_kt, p_keys, o_c, o_ds, o_dt, b_who, b_lo, b_hi,
+            skl_s, skl_t, key_length, window, factor_s, cap_s, factor_t, cap_t,
+            True, INSIDE, DS, BDS, CAP_S, DT, BDT, CAP_T,
+            INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
+        )  # fmt: skip
+    if INTERVAL:
+        for i_c in range(i_in, i_out):
+            o_c = i_c * BC + tl.arange(0, BC)  # [BC]
+            state = _add_tile(
+                state, b_qs, b_qt, p_ks, p_kt, p_keys, o_c, o_ds, o_dt, b_who, b_lo, b_hi,
+                skl_s, skl_t, key_length, window, factor_s, cap_s, factor_t, cap_t,
+                False, INSIDE, DS, BDS, CAP_S, DT, BDT, CAP_T,
+                INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
+            )  # fmt: skip
+    return state
 
 
 @triton.jit
@@ -96,32 +134,26 @@ def _head_kl(
 
     o_r = i_r * BR + tl.arange(0, BR)  # [BR]
     o_ds, o_dt = tl.arange(0, BDS), tl.arange(0, BDT)  # [BD]
-    b_row = slot(p_rows, o_r, row_length, 0, 0)  # [BR]
-    b_i = slot(p_rows, o_r, row_length, 1, -1)  # [BR]
-    b_si = slot(p_rows, o_r, row_length, 2, -2)  # [BR]
-    b_bi = slot(p_rows, o_r, row_length, 3, -1)  # [BR]
+    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6, key_length)
     b_qs = load_tile(p_qs, tile_offsets(b_row, sqr_s, o_ds, WIDE), o_ds, DS, BDS, UPCAST)
     b_qt = load_tile(p_qt, tile_offsets(b_row, sqr_t, o_dt, WIDE), o_dt, DT, BDT, UPCAST)
-    b_ms = tl.full([BR], float("-inf"), tl.float32)
-    b_mt = tl.full([BR], float("-inf"), tl.float32)
-    b_ls = tl.zeros([BR], tl.float32)
-    b_lt = tl.zeros([BR], tl.float32)
-    b_a = tl.zeros([BR], tl.float32)
-    b_b = tl.zeros([BR], tl.float32)
-    b_ms, b_ls, b_mt, b_lt, b_a, b_b = _sweep(
-        b_ms, b_ls, b_mt, b_lt, b_a, b_b, b_qs, b_qt, p_ks, p_kt, p_rows, p_keys, o_r, o_ds, o_dt,
-        b_i, b_si, b_bi, skl_s, skl_t, row_length, key_length, window,
-        factor_s, cap_s, factor_t, cap_t, 6, True, BC, DS, BDS, CAP_S, DT, BDT, CAP_T,
+    b_never = tl.full([BR], float("-inf"), tl.float32)
+    b_0 = tl.zeros([BR], tl.float32)
+    state = _sweep(
+        (b_never, b_0, b_never, b_0, b_0, b_0), b_qs, b_qt, p_ks, p_kt, p_keys, o_ds, o_dt,
+        b_who, b_lo, b_hi, skl_s, skl_t, key_length, window, factor_s, cap_s, factor_t, cap_t,
+        True, BC, DS, BDS, CAP_S, DT, BDT, CAP_T,
         INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
     )  # fmt: skip
     if OTHERS:
-        p_others += i_b * 5 * key_length
-        b_ms, b_ls, b_mt, b_lt, b_a, b_b = _sweep(
-            b_ms, b_ls, b_mt, b_lt, b_a, b_b, b_qs, b_qt, p_ks, p_kt, p_rows, p_others,
-            o_r, o_ds, o_dt, b_i, b_si, b_bi, skl_s, skl_t, row_length, key_length, window,
-            factor_s, cap_s, factor_t, cap_t, 8, False, BC, DS, BDS, CAP_S, DT, BDT, CAP_T,
+        b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 8, key_length)
+        state = _sweep(
+            state, b_qs, b_qt, p_ks, p_kt, p_others + i_b * 5 * key_length, o_ds, o_dt,
+            b_who, b_lo, b_hi, skl_s, skl_t, key_length, window, factor_s, cap_s, factor_t, cap_t,
+            False, BC, DS, BDS, CAP_S, DT, BDT, CAP_T,
             INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
         )  # fmt: skip
+    b_ms, b_ls, b_mt, b_lt, b_a, b_b = state
     b_alive = b_lt > 0
     b_ms = tl.where(b_alive, b_ms, 0.0)
     b_mt = tl.where(b_alive, b_mt, 0.0)
@@ -133,7 +165,7 @@ def _head_kl(
         b_lse_t = _with_sink(b_lse_t, tl.load(p_sink_t + i_h) * LOG2E)
     b_kl = tl.exp2(b_mt - b_lse_t) * (b_a - (b_lse_t - b_lse_s) * b_b) * LN2
     o_out = (i_b * heads_s + i_h) * rows + b_row
-    m_out = (b_i >= 0) & b_alive
+    m_out = (b_who[0] >= 0) & b_alive
     tl.store(p_lse_s + o_out, b_lse_s * LN2, mask=m_out)
     tl.store(p_lse_t + o_out, b_lse_t * LN2, mask=m_out)
     tl.store(p_out + o_out, b_kl, mask=m_out)

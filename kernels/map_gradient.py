@@ -21,8 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Call, blocks_of, launch, splits_for
-from .maps import MapTensors, map_tile
-from .primitives import LOG2E, entry_gradient, seen_keys, slot, tile_offsets, workspace_offsets
+from .maps import MapTensors, at_sample, map_tile
+from .primitives import (
+    LOG2E,
+    entry_gradient,
+    part_of,
+    reached,
+    row_block,
+    seen_keys,
+    slot,
+    workspace_offsets,
+)
 
 
 @triton.jit
@@ -46,42 +55,28 @@ def _map_gradient(
     i_b, i_g = (i_bg // groups).to(tl.int64), i_bg % groups
     p_rows += i_b * 11 * row_length
     p_keys += i_b * 5 * key_length
-    p_qs += i_b * sqb_s
-    p_ks += i_b * skb_s
-    p_lse_s += i_b * heads_s * rows
-    if TEACHER == "map":
-        p_target += i_b * stb + i_g * stg
-        if VISUAL:
-            p_mass += i_bg * rows
-    elif TEACHER == "model":
-        p_qt += i_b * sqb_t
-        p_kt += i_b * skb_t
-        if not SCORES:
-            p_lse_t += i_b * heads_t * rows
-    if SINK:
-        p_high += i_bg
+    student = (
+        p_qs, p_ks, p_lse_s, sqb_s, sqh_s, sqr_s, skb_s, skh_s, skl_s, heads_s, factor_s, cap_s
+    )  # fmt: skip
+    teacher = (
+        p_qt, p_kt, p_lse_t, sqb_t, sqh_t, sqr_t, skb_t, skh_t, skl_t, heads_t, factor_t, cap_t
+    )  # fmt: skip
+    given = (p_target, p_mass, p_high, stb, stg, stn, n_batch * groups)
+    student, teacher, given = at_sample(
+        student, teacher, given, i_b, i_g, rows, groups, TEACHER, SCORES, VISUAL, SINK
+    )
 
     o_r = row_start + i_r * BR + tl.arange(0, BR)  # [BR]
-    o_ds, o_dt = tl.arange(0, BDS), tl.arange(0, BDT)  # [BD]
-    b_row = slot(p_rows, o_r, row_length, 0, 0)  # [BR]
-    b_i = slot(p_rows, o_r, row_length, 1, -1)  # [BR]
-    b_si = slot(p_rows, o_r, row_length, 2, -2)  # [BR]
-    b_bi = slot(p_rows, o_r, row_length, 3, -1)  # [BR]
+    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6, key_length)
     b_ordinal = slot(p_rows, o_r, row_length, 10, 0)  # [BR]
-    b_lo = slot(p_rows, o_r, row_length, 6, key_length)  # [BR]
-    b_hi = slot(p_rows, o_r, row_length, 7, 0)  # [BR]
-    i_lo = tl.min(b_lo) // BC
-    i_hi = tl.cdiv(tl.max(b_hi), BC)
-    i_step = tl.cdiv(tl.maximum(i_hi - i_lo, 0), parts)
-    i_lo += i_part * i_step
-    i_hi = tl.minimum(i_lo + i_step, i_hi)
-    o_qs = tile_offsets(b_row, sqr_s, o_ds, WIDE)  # [BR, BD]
-    o_qt = tile_offsets(b_row, sqr_t, o_dt, WIDE)  # [BR, BD]
+    b_here = b_who[0] >= 0  # [BR]
+    i_lo, i_hi = reached(b_lo, b_hi, BC)
+    i_lo, i_hi = part_of(i_lo, i_hi, i_part, parts)
     p_g += i_bg.to(tl.int64) * space
     if LOGS:
         p_x += i_bg.to(tl.int64) * space
     if POOLED:
-        b_w = tl.load(p_weight + i_b * rows + b_row, mask=b_i >= 0, other=0.0)  # [BR]
+        b_w = tl.load(p_weight + i_b * rows + b_row, mask=b_here, other=0.0)  # [BR]
     else:
         b_c0 = tl.load(p_c0 + i_bg * rows + b_row)  # [BR]
         b_c1 = b_c0
@@ -93,18 +88,13 @@ def _map_gradient(
         o_c = i_c * BC + tl.arange(0, BC)  # [BC]
         b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
         b_see = seen_keys(
-            p_keys, o_c, b_j, b_lo, b_hi, b_i, b_si, b_bi, key_length, window,
+            p_keys, o_c, b_j, b_lo, b_hi, b_who, key_length, window,
             INTERVAL, CAUSAL, WINDOW, BLOCKS,
         )  # fmt: skip
-        o_ks = tile_offsets(b_j, skl_s, o_ds, WIDE)  # [BC, BD]
-        o_kt = tile_offsets(b_j, skl_t, o_dt, WIDE)  # [BC, BD]
         b_as, b_at, b_xs, b_xt, b_keep = map_tile(
-            p_qs, p_ks, p_lse_s, p_qt, p_kt, p_lse_t, p_mix, p_target, p_mass, p_high,
-            o_qs, o_ks, o_ds, o_qt, o_kt, o_dt, b_row, b_ordinal, o_c, b_see, i_g,
-            sqh_s, skh_s, heads_s, REPEAT_S, factor_s, cap_s,
-            sqh_t, skh_t, heads_t, REPEAT_T, factor_t, cap_t, rows, groups, n_batch * groups, stn,
-            BR, BC, DS, BDS, CAP_S, DT, BDT, CAP_T, HEADS, LOGS, SCORES, TEACHER, VISUAL, SINK,
-            UPCAST, PRECISION,
+            student, teacher, given, p_mix, b_row, b_ordinal, b_j, o_c, b_see, i_g, rows, groups,
+            REPEAT_S, REPEAT_T, BR, BC, DS, BDS, CAP_S, DT, BDT, CAP_T,
+            HEADS, LOGS, SCORES, TEACHER, VISUAL, SINK, WIDE, UPCAST, PRECISION,
         )  # fmt: skip
         if POOLED:
             o_v = i_bg.to(tl.int64) * length + b_j  # [BC]

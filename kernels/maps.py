@@ -17,29 +17,58 @@ from .primitives import as_map, below_sinks, given_map, side_map
 
 
 @triton.jit
+def at_sample(
+    student, teacher, given, i_b, i_g, rows, groups,
+    TEACHER: tl.constexpr, SCORES: tl.constexpr, VISUAL: tl.constexpr, SINK: tl.constexpr,
+):  # fmt: skip
+    """(student, teacher, given) of ``map_tile`` with the pointers moved to a sample and its map i_g."""
+    student = side_at(student, i_b, rows, SCORES)
+    p_target, p_mass, p_high, stb, stg, stn, n_maps = given
+    i_bg = i_b * groups + i_g
+    if TEACHER == "map":
+        p_target += i_b * stb + i_g * stg
+        if VISUAL:
+            p_mass += i_bg * rows
+    elif TEACHER == "model":
+        teacher = side_at(teacher, i_b, rows, SCORES)
+    if SINK:
+        p_high += i_bg
+    return student, teacher, (p_target, p_mass, p_high, stb, stg, stn, n_maps)
+
+
+@triton.jit
+def side_at(side, i_b, rows, SCORES: tl.constexpr):
+    """A side with the pointers moved to a sample."""
+    p_q, p_k, p_lse, sqb, sqh, sqr, skb, skh, skl, heads, factor, cap = side
+    p_q += i_b * sqb
+    p_k += i_b * skb
+    if not SCORES:
+        p_lse += i_b * heads * rows
+    return p_q, p_k, p_lse, sqb, sqh, sqr, skb, skh, skl, heads, factor, cap
+
+
+@triton.jit
 def map_tile(
-    p_qs, p_ks, p_lse_s, p_qt, p_kt, p_lse_t, p_mix, p_target, p_mass, p_high,
-    o_qs, o_ks, o_ds, o_qt, o_kt, o_dt, b_row, b_ordinal, o_c, b_see, i_g,
-    sqh_s, skh_s, heads_s, REPEAT_S: tl.constexpr, factor_s, cap_s,
-    sqh_t, skh_t, heads_t, REPEAT_T: tl.constexpr, factor_t, cap_t, rows, groups, n_maps, stn,
-    BR: tl.constexpr, BC: tl.constexpr,
+    student, teacher, given, p_mix, b_row, b_ordinal, b_j, o_c, b_see, i_g, rows, groups,
+    REPEAT_S: tl.constexpr, REPEAT_T: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     DS: tl.constexpr, BDS: tl.constexpr, CAP_S: tl.constexpr,
     DT: tl.constexpr, BDT: tl.constexpr, CAP_T: tl.constexpr,
     HEADS: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr, TEACHER: tl.constexpr,
-    VISUAL: tl.constexpr, SINK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    VISUAL: tl.constexpr, SINK: tl.constexpr,
+    WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(A_s, A_t, log2 A_s, log2 A_t, kept), each [BR, BC], 0 where hidden.
 
-    Pointers stand at the sample (p_q, p_k, p_lse), at the map (p_target, p_mass, p_high); o_qs is
-    [BR, BD], o_ks [BC, BD]. n_maps: distance of the student's threshold to the teacher's in p_high.
+    student, teacher: as ``side_map``. given: (map, its mass, the filter's thresholds; strides of the map
+    by sample, map, row; distance of the student's threshold to the teacher's), pointers at the map.
     TEACHER: "model", "map" (a given one), or "none" (zeros).
     """
     b_x = side_map(
-        p_qs, p_ks, p_lse_s, p_mix, o_qs, o_ks, o_ds, b_row, i_g,
-        sqh_s, skh_s, rows, heads_s, groups, REPEAT_S, factor_s, cap_s,
-        BR, BC, DS, BDS, HEADS == "each", HEADS == "mix", LOGS, SCORES, CAP_S, UPCAST, PRECISION,
+        student, p_mix, b_row, b_j, i_g, rows, groups, REPEAT_S, BR, BC, DS, BDS,
+        HEADS == "each", HEADS == "mix", LOGS, SCORES, CAP_S, WIDE, UPCAST, PRECISION,
     )  # fmt: skip
     b_as, b_xs = as_map(b_x, b_see, LOGS)
+    p_target, p_mass, p_high, _, _, stn, n_maps = given
     if TEACHER == "none":
         b_at = tl.zeros([BR, BC], tl.float32)
         b_xt = b_at
@@ -50,9 +79,8 @@ def map_tile(
         b_at, b_xt = given_map(p_target, b_ordinal, stn, o_c, b_see, b_mass, LOGS, VISUAL)
     else:
         b_x = side_map(
-            p_qt, p_kt, p_lse_t, p_mix, o_qt, o_kt, o_dt, b_row, i_g,
-            sqh_t, skh_t, rows, heads_t, groups, REPEAT_T, factor_t, cap_t,
-            BR, BC, DT, BDT, HEADS != "mean", False, LOGS, SCORES, CAP_T, UPCAST, PRECISION,
+            teacher, p_mix, b_row, b_j, i_g, rows, groups, REPEAT_T, BR, BC, DT, BDT,
+            HEADS != "mean", False, LOGS, SCORES, CAP_T, WIDE, UPCAST, PRECISION,
         )  # fmt: skip
         b_at, b_xt = as_map(b_x, b_see, LOGS)
     b_keep = b_see

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Call, blocks_of, launch, splits_for
-from .maps import MapTensors, map_tile
-from .primitives import LN2, online_logsumexp, seen_keys, slot, tile_offsets
+from .maps import MapTensors, at_sample, map_tile
+from .primitives import LN2, online_logsumexp, part_of, reached, row_block, seen_keys, slot
 
 
 @triton.jit
@@ -38,29 +38,25 @@ def _pooled_sums(
     i_b, i_g = (i_bg // groups).to(tl.int64), i_bg % groups
     p_rows += i_b * 11 * row_length
     p_keys += i_b * 5 * key_length
-    p_qs += i_b * sqb_s
-    p_ks += i_b * skb_s
-    p_lse_s += i_b * heads_s * rows
+    student = (
+        p_qs, p_ks, p_lse_s, sqb_s, sqh_s, sqr_s, skb_s, skh_s, skl_s, heads_s, factor_s, cap_s
+    )  # fmt: skip
+    teacher = (
+        p_qt, p_kt, p_lse_t, sqb_t, sqh_t, sqr_t, skb_t, skh_t, skl_t, heads_t, factor_t, cap_t
+    )  # fmt: skip
+    given = (p_target, p_mass, p_high, stb, stg, stn, n_batch * groups)
+    student, teacher, given = at_sample(
+        student, teacher, given, i_b, i_g, rows, groups, TEACHER, SCORES, VISUAL, SINK
+    )
     p_weight += i_b * rows
-    if TEACHER == "model":
-        p_qt += i_b * sqb_t
-        p_kt += i_b * skb_t
-        if not SCORES:
-            p_lse_t += i_b * heads_t * rows
-    if SINK:
-        p_high += i_bg
 
     o_c = i_c * BC + tl.arange(0, BC)  # [BC]
-    o_ds, o_dt = tl.arange(0, BDS), tl.arange(0, BDT)  # [BD]
     b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
-    b_sj = slot(p_keys, o_c, key_length, 1, -1)  # [BC]
-    o_ks = tile_offsets(b_j, skl_s, o_ds, WIDE)  # [BC, BD]
-    o_kt = tile_offsets(b_j, skl_t, o_dt, WIDE)  # [BC, BD]
-    i_lo = tl.min(slot(p_keys, o_c, key_length, 3, row_length)) // BR
-    i_hi = tl.cdiv(tl.max(slot(p_keys, o_c, key_length, 4, 0)), BR)
-    i_step = tl.cdiv(tl.maximum(i_hi - i_lo, 0), parts)
-    i_lo += i_part * i_step
-    i_hi = tl.minimum(i_lo + i_step, i_hi)
+    b_used = slot(p_keys, o_c, key_length, 1, -1) >= 0  # [BC]
+    i_lo, i_hi = reached(
+        slot(p_keys, o_c, key_length, 3, row_length), slot(p_keys, o_c, key_length, 4, 0), BR
+    )
+    i_lo, i_hi = part_of(i_lo, i_hi, i_part, parts)
 
     b_n = tl.zeros([BC], tl.float32)
     b_s = tl.zeros([BC], tl.float32)
@@ -69,27 +65,17 @@ def _pooled_sums(
     b_mt = tl.full([BC], float("-inf"), tl.float32)
     for i_r in range(i_lo, i_hi):
         o_r = i_r * BR + tl.arange(0, BR)  # [BR]
-        b_row = slot(p_rows, o_r, row_length, 0, 0)  # [BR]
-        b_i = slot(p_rows, o_r, row_length, 1, -1)  # [BR]
-        b_si = slot(p_rows, o_r, row_length, 2, -2)  # [BR]
-        b_bi = slot(p_rows, o_r, row_length, 3, -1)  # [BR]
-        b_lo = slot(p_rows, o_r, row_length, 6, key_length)  # [BR]
-        b_hi = slot(p_rows, o_r, row_length, 7, 0)  # [BR]
+        b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6, key_length)
         b_see = seen_keys(
-            p_keys, o_c, b_j, b_lo, b_hi, b_i, b_si, b_bi, key_length, window,
+            p_keys, o_c, b_j, b_lo, b_hi, b_who, key_length, window,
             INTERVAL, CAUSAL, WINDOW, BLOCKS,
         )  # fmt: skip
-        o_qs = tile_offsets(b_row, sqr_s, o_ds, WIDE)  # [BR, BD]
-        o_qt = tile_offsets(b_row, sqr_t, o_dt, WIDE)  # [BR, BD]
         b_as, b_at, b_xs, b_xt, b_keep = map_tile(
-            p_qs, p_ks, p_lse_s, p_qt, p_kt, p_lse_t, p_mix, p_target, p_mass, p_high,
-            o_qs, o_ks, o_ds, o_qt, o_kt, o_dt, b_row, b_row, o_c, b_see, i_g,
-            sqh_s, skh_s, heads_s, REPEAT_S, factor_s, cap_s,
-            sqh_t, skh_t, heads_t, REPEAT_T, factor_t, cap_t, rows, groups, n_batch * groups, stn,
-            BR, BC, DS, BDS, CAP_S, DT, BDT, CAP_T, HEADS, LOGS, SCORES, TEACHER, VISUAL, SINK,
-            UPCAST, PRECISION,
+            student, teacher, given, p_mix, b_row, b_row, b_j, o_c, b_see, i_g, rows, groups,
+            REPEAT_S, REPEAT_T, BR, BC, DS, BDS, CAP_S, DT, BDT, CAP_T,
+            HEADS, LOGS, SCORES, TEACHER, VISUAL, SINK, WIDE, UPCAST, PRECISION,
         )  # fmt: skip
-        b_w = tl.load(p_weight + b_row, mask=b_i >= 0, other=0.0)  # [BR]
+        b_w = tl.load(p_weight + b_row, mask=b_who[0] >= 0, other=0.0)  # [BR]
         b_share = tl.where(b_keep, b_w[:, None], 0.0)  # [BR, BC]
         b_n += tl.sum(b_share, 0)
         if LOGS:
@@ -104,9 +90,9 @@ def _pooled_sums(
         b_t = tl.where(b_t > 0, (b_mt + tl.log2(b_t)) * LN2, float("-inf"))
     n_out = n_batch * groups * length
     p_out += (i_part * 3 * n_batch * groups + i_bg).to(tl.int64) * length + b_j
-    tl.store(p_out, b_s, mask=b_sj >= 0)
-    tl.store(p_out + n_out, b_t, mask=b_sj >= 0)
-    tl.store(p_out + 2 * n_out, b_n, mask=b_sj >= 0)
+    tl.store(p_out, b_s, mask=b_used)
+    tl.store(p_out + n_out, b_t, mask=b_used)
+    tl.store(p_out + 2 * n_out, b_n, mask=b_used)
 
 
 def pooled_sums(call: Call, maps: MapTensors, weight: Tensor, length: int) -> Tensor:

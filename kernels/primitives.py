@@ -31,6 +31,59 @@ def slot(p_list, o_i, length, SLOT: tl.constexpr, OTHER: tl.constexpr):
 
 
 @triton.jit
+def row_block(p_rows, o_r, length, LO: tl.constexpr, none):
+    """A block of the row list: (index into q, (position, segment, block), lo, hi), each [BR].
+
+    [lo, hi): the entries of a key list that a row can see, LO the slot of lo. Rows behind the end see
+    [none, 0), ``none`` at least as large as any entry.
+    """
+    b_row = slot(p_rows, o_r, length, 0, 0)
+    b_who = (
+        slot(p_rows, o_r, length, 1, -1),
+        slot(p_rows, o_r, length, 2, -2),
+        slot(p_rows, o_r, length, 3, -1),
+    )
+    return b_row, b_who, slot(p_rows, o_r, length, LO, none), slot(p_rows, o_r, length, LO + 1, 0)
+
+
+@triton.jit
+def reached(b_lo, b_hi, SIZE: tl.constexpr):
+    """[lo, hi): the tiles of SIZE entries that hold an entry of some range [b_lo, b_hi)."""
+    return tl.min(b_lo) // SIZE, tl.cdiv(tl.max(b_hi), SIZE)
+
+
+@triton.jit
+def part_of(i_lo, i_hi, i_part, parts):
+    """The i_part-th of ``parts`` equal stretches of the tiles [i_lo, i_hi)."""
+    i_step = tl.cdiv(tl.maximum(i_hi - i_lo, 0), parts)
+    i_lo += i_part * i_step
+    return i_lo, tl.minimum(i_lo + i_step, i_hi)
+
+
+@triton.jit
+def inner_tiles(b_real, b_lo, b_hi, i_lo, i_hi, SIZE: tl.constexpr, INTERVAL: tl.constexpr):
+    """[lo, hi) within [i_lo, i_hi): the tiles that lie entirely in every range [b_lo, b_hi).
+
+    There nothing need be masked: a sweep goes over the tiles around them with a mask (``edge_tile``)
+    and over these without one. Ranges that are not b_real count as everything: they belong to entries
+    behind the end of a list, whose results are dropped. Without INTERVAL every tile has a mask.
+    """
+    if INTERVAL:
+        i_in = tl.cdiv(tl.max(tl.where(b_real, b_lo, 0)), SIZE)
+        i_out = tl.min(tl.where(b_real, b_hi, 2147483647)) // SIZE
+        i_in = tl.minimum(tl.maximum(i_in, i_lo), tl.maximum(i_hi, i_lo))
+        return i_in, tl.maximum(tl.minimum(i_out, i_hi), i_in)
+    else:
+        return i_lo, i_lo
+
+
+@triton.jit
+def edge_tile(i_edge, i_in, i_out):
+    """Tile number i_edge, counted over the tiles around [i_in, i_out) from the first tile on."""
+    return i_edge + tl.where(i_edge >= i_in, i_out - i_in, 0)
+
+
+@triton.jit
 def key_positions(p_keys, o_c, length, last, DENSE: tl.constexpr):
     """[BC]: the sequence positions of list entries o_c; where entry i is position i, without a load."""
     if DENSE:
@@ -65,7 +118,7 @@ def visible(
 
 @triton.jit
 def seen_keys(
-    p_keys, o_c, b_j, b_lo, b_hi, b_i, b_si, b_bi, length, window,
+    p_keys, o_c, b_j, b_lo, b_hi, b_who, length, window,
     INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """[BR, BC]: which entries o_c of a key list each row sees.
@@ -76,6 +129,7 @@ def seen_keys(
     if INTERVAL:
         return (o_c[None, :] >= b_lo[:, None]) & (o_c[None, :] < b_hi[:, None])
     else:
+        b_i, b_si, b_bi = b_who
         b_sj = slot(p_keys, o_c, length, 1, -1)  # [BC]
         b_bj = slot(p_keys, o_c, length, 2, -1)  # [BC]
         return visible(
@@ -152,12 +206,14 @@ def logaddexp2(b_x, b_y):
 
 @triton.jit
 def head_scores(
-    p_q, p_k, p_lse, o_q, o_k, o_d, b_row, i_h,
-    stride_qh, stride_kh, stride_lh, REPEAT: tl.constexpr, factor, cap,
-    D: tl.constexpr, BD: tl.constexpr, SCORES: tl.constexpr, CAP: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    side, o_q, o_k, o_d, b_row, i_h, rows, REPEAT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    SCORES: tl.constexpr, CAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[BR, BC]: log2 of the probabilities of head i_h, x - l; with SCORES the scores x."""
+    """[BR, BC]: log2 of the probabilities of head i_h, x - l; with SCORES the scores x.
+
+    side: as ``side_map``. o_q: [BR, BD], o_k: [BC, BD] offsets in a head.
+    """
+    p_q, p_k, p_lse, _, stride_qh, _, _, stride_kh, _, _, factor, cap = side
     i_k = tl.cast(i_h // REPEAT, tl.int64)
     i_h = tl.cast(i_h, tl.int64)
     b_q = load_tile(p_q + i_h * stride_qh, o_q, o_d, D, BD, UPCAST)  # [BR, BD]
@@ -166,17 +222,16 @@ def head_scores(
     b_x = log2_scores(b_dot, factor, cap, CAP)
     if SCORES:
         return b_x
-    b_l = tl.load(p_lse + i_h * stride_lh + b_row)  # [BR]
+    b_l = tl.load(p_lse + i_h * rows + b_row)  # [BR]
     return b_x - b_l[:, None]
 
 
 @triton.jit
 def side_map(
-    p_q, p_k, p_lse, p_mix, o_q, o_k, o_d, b_row, i_g,
-    stride_qh, stride_kh, stride_lh, heads, groups, REPEAT: tl.constexpr, factor, cap,
+    side, p_mix, b_row, b_j, i_g, rows, groups, REPEAT: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     SINGLE: tl.constexpr, MIX: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr,
-    CAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    CAP: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """[BR, BC] fp32: one side's map of group i_g, A or (LOGS) log2 A, unmasked.
 
@@ -185,13 +240,17 @@ def side_map(
     replaced by the caller once a tile, not once a head. In logs, A = l 2^m takes one exp2 a head:
     e = 2^-|x - m|; l = l e + 1 where x is the new pivot, else l + e.
 
+    side: (q, k, lse; strides of q by sample, head, row; of k by sample, head, key; heads, factor, cap),
+    the pointers at the sample. b_row [BR], b_j [BC]: which rows of q and k.
     SINGLE: the group is the head i_g alone. MIX: head h counts mix[h, i_g] times. SCORES: the sum of
     the scores themselves, in natural units through ``factor``.
     """
+    o_d = tl.arange(0, BD)  # [BD]
+    o_q = tile_offsets(b_row, side[5], o_d, WIDE)  # [BR, BD]
+    o_k = tile_offsets(b_j, side[8], o_d, WIDE)  # [BC, BD]
     if SINGLE:
         b_x = head_scores(
-            p_q, p_k, p_lse, o_q, o_k, o_d, b_row, i_g, stride_qh, stride_kh, stride_lh,
-            REPEAT, factor, cap, D, BD, SCORES, CAP, UPCAST, PRECISION,
+            side, o_q, o_k, o_d, b_row, i_g, rows, REPEAT, D, BD, SCORES, CAP, UPCAST, PRECISION
         )  # fmt: skip
         if not SCORES and not LOGS:
             b_x = tl.exp2(b_x)
@@ -199,10 +258,9 @@ def side_map(
     else:
         b_a = tl.zeros([BR, BC], tl.float32)
         b_m = tl.full([BR, BC], NEVER, tl.float32)
-        for i_h in range(0, heads):
+        for i_h in range(0, side[9]):
             b_x = head_scores(
-                p_q, p_k, p_lse, o_q, o_k, o_d, b_row, i_h, stride_qh, stride_kh, stride_lh,
-                REPEAT, factor, cap, D, BD, SCORES, CAP, UPCAST, PRECISION,
+                side, o_q, o_k, o_d, b_row, i_h, rows, REPEAT, D, BD, SCORES, CAP, UPCAST, PRECISION
             )  # fmt: skip
             if LOGS:
                 b_e = tl.exp2(-tl.abs(b_x - b_m))
@@ -295,10 +353,10 @@ def entry_gradient(
 
 @triton.jit
 def score_gradient(
-    b_dot, b_g, b_x, b_l, b_fold, b_delta, b_see, factor, cap,
+    b_dot, b_g, b_x, b_l, b_fold, b_delta, factor, cap,
     INSIDE: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """dL/dS of one head in natural units, times the slope of the softcap; 0 where hidden.
+    """dL/dS of one head in natural units, times the slope of the softcap, whether visible or not.
 
     Row vectors come shaped to broadcast against the tile, whichever way it lies.
 
@@ -329,4 +387,4 @@ def score_gradient(
             b_ds = -tl.exp2(b_s - b_fold) * b_delta
     if CAP:
         b_ds *= 1.0 - b_t * b_t
-    return tl.where(b_see, b_ds, 0.0)
+    return b_ds

@@ -15,7 +15,49 @@ from torch import Tensor
 
 from .launch import Call, Side, blocks_of, launch
 from .map_gradient import Workspace
-from .primitives import load_tile, log2_scores, seen_keys, slot, tile_offsets, workspace_offsets
+from .primitives import (
+    edge_tile,
+    inner_tiles,
+    load_tile,
+    log2_scores,
+    reached,
+    row_block,
+    seen_keys,
+    slot,
+    tile_offsets,
+    workspace_offsets,
+)
+
+
+@triton.jit
+def _add_tile(
+    b_delta, b_q, b_l, p_ks, p_g, p_x, p_keys, o_g, o_c, o_d, b_who, b_lo, b_hi,
+    skl, key_length, window, pitch, factor, cap,
+    MASK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr,
+    LOGS: tl.constexpr, SCORES: tl.constexpr,
+    INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """delta [BR] with the columns o_c in it."""
+    b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
+    b_k = load_tile(p_ks, tile_offsets(b_j, skl, o_d, WIDE), o_d, D, BD, UPCAST)  # [BC, BD]
+    o_w = workspace_offsets(o_g[:, None], o_c[None, :], pitch)  # [BR, BC]
+    b_g = tl.load(p_g + o_w)
+    b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
+    b_x = log2_scores(b_x, factor, cap, CAP)
+    if not SCORES:
+        b_x -= b_l[:, None]
+        if LOGS:
+            b_x -= tl.load(p_x + o_w)
+        b_x = tl.exp2(b_x)
+    b_x *= b_g
+    if MASK:
+        b_see = seen_keys(
+            p_keys, o_c, b_j, b_lo, b_hi, b_who, key_length, window,
+            INTERVAL, CAUSAL, WINDOW, BLOCKS,
+        )  # fmt: skip
+        b_x = tl.where(b_see, b_x, 0.0)
+    return b_delta + tl.sum(b_x, 1)
 
 
 @triton.jit
@@ -44,41 +86,34 @@ def _row_delta(
 
     o_r = row_start + i_r * BR + tl.arange(0, BR)  # [BR]
     o_d = tl.arange(0, BDS)  # [BD]
-    b_row = slot(p_rows, o_r, row_length, 0, 0)  # [BR]
-    b_i = slot(p_rows, o_r, row_length, 1, -1)  # [BR]
-    b_si = slot(p_rows, o_r, row_length, 2, -2)  # [BR]
-    b_bi = slot(p_rows, o_r, row_length, 3, -1)  # [BR]
-    b_lo = slot(p_rows, o_r, row_length, 6, key_length)  # [BR]
-    b_hi = slot(p_rows, o_r, row_length, 7, 0)  # [BR]
-    i_lo = tl.min(b_lo) // BC
-    i_hi = tl.cdiv(tl.max(b_hi), BC)
+    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6, key_length)
+    i_lo, i_hi = reached(b_lo, b_hi, BC)
+    i_in, i_out = inner_tiles(b_who[0] >= 0, b_lo, b_hi, i_lo, i_hi, BC, INTERVAL)
     p_g += (i_b * groups + i_g) * space
     if LOGS:
         p_x += (i_b * groups + i_g) * space
-    b_here = (o_r < row_end) & (b_i >= 0)  # [BR]
+    b_here = (o_r < row_end) & (b_who[0] >= 0)  # [BR]
     b_q = load_tile(p_qs, tile_offsets(b_row, sqr_s, o_d, WIDE), o_d, DS, BDS, UPCAST)  # [BR, BD]
     b_l = tl.zeros([BR], tl.float32)
     if not SCORES:
         b_l = tl.load(p_lse + (i_b * heads_s + i_h) * rows + b_row)  # [BR]
     b_delta = tl.zeros([BR], tl.float32)
-    for i_c in range(i_lo, i_hi):
-        o_c = i_c * BC + tl.arange(0, BC)  # [BC]
-        b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
-        b_k = load_tile(p_ks, tile_offsets(b_j, skl_s, o_d, WIDE), o_d, DS, BDS, UPCAST)  # [BC, BD]
-        b_see = seen_keys(
-            p_keys, o_c, b_j, b_lo, b_hi, b_i, b_si, b_bi, key_length, window,
-            INTERVAL, CAUSAL, WINDOW, BLOCKS,
+    o_g = o_r - row_start  # [BR]
+    for i_edge in range(i_lo, i_hi - (i_out - i_in)):
+        o_c = edge_tile(i_edge, i_in, i_out) * BC + tl.arange(0, BC)  # [BC]
+        b_delta = _add_tile(
+            b_delta, b_q, b_l, p_ks, p_g, p_x, p_keys, o_g, o_c, o_d, b_who, b_lo, b_hi,
+            skl_s, key_length, window, pitch, factor_s, cap_s, True, DS, BDS, CAP_S,
+            LOGS, SCORES, INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
         )  # fmt: skip
-        o_w = workspace_offsets((o_r - row_start)[:, None], o_c[None, :], pitch)  # [BR, BC]
-        b_g = tl.load(p_g + o_w)
-        b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
-        b_x = log2_scores(b_x, factor_s, cap_s, CAP_S)
-        if not SCORES:
-            b_x -= b_l[:, None]
-            if LOGS:
-                b_x -= tl.load(p_x + o_w)
-            b_x = tl.exp2(b_x)
-        b_delta += tl.sum(tl.where(b_see, b_x * b_g, 0.0), 1)
+    if INTERVAL:
+        for i_c in range(i_in, i_out):
+            o_c = i_c * BC + tl.arange(0, BC)  # [BC]
+            b_delta = _add_tile(
+                b_delta, b_q, b_l, p_ks, p_g, p_x, p_keys, o_g, o_c, o_d, b_who, b_lo, b_hi,
+                skl_s, key_length, window, pitch, factor_s, cap_s, False, DS, BDS, CAP_S,
+                LOGS, SCORES, INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
+            )  # fmt: skip
     tl.store(p_delta + (i_b * pairs + i_pair) * rows + b_row, b_delta, mask=b_here)
 
 

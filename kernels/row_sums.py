@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Call, blocks_of, launch
-from .primitives import seen_keys, slot
+from .primitives import reached, row_block, seen_keys, slot
 
 
 @triton.jit
@@ -27,22 +27,17 @@ def _row_sums(
     p_rows += i_b * 11 * row_length
     p_keys += i_b * 5 * key_length
     o_r = i_r * BR + tl.arange(0, BR)  # [BR]
-    b_row = slot(p_rows, o_r, row_length, 0, 0)  # [BR]
-    b_i = slot(p_rows, o_r, row_length, 1, -1)  # [BR]
-    b_si = slot(p_rows, o_r, row_length, 2, -2)  # [BR]
-    b_bi = slot(p_rows, o_r, row_length, 3, -1)  # [BR]
+    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6, key_length)
     b_ordinal = slot(p_rows, o_r, row_length, 10, 0)  # [BR]
-    b_lo = slot(p_rows, o_r, row_length, 6, key_length)  # [BR]
-    b_hi = slot(p_rows, o_r, row_length, 7, 0)  # [BR]
-    i_lo = tl.min(b_lo) // BC
-    i_hi = tl.cdiv(tl.max(b_hi), BC)
+    b_here = b_who[0] >= 0  # [BR]
+    i_lo, i_hi = reached(b_lo, b_hi, BC)
     b_entries = tl.zeros([BR], tl.int32)
     b_mass = tl.zeros([BR], tl.float32)
     for i_c in range(i_lo, i_hi):
         o_c = i_c * BC + tl.arange(0, BC)  # [BC]
         b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
         b_see = seen_keys(
-            p_keys, o_c, b_j, b_lo, b_hi, b_i, b_si, b_bi, key_length, window,
+            p_keys, o_c, b_j, b_lo, b_hi, b_who, key_length, window,
             INTERVAL, CAUSAL, WINDOW, BLOCKS,
         )  # fmt: skip
         b_entries += tl.sum(b_see.to(tl.int32), 1)
@@ -51,10 +46,10 @@ def _row_sums(
             b_t = tl.load(p_target + i_b * stb + i_g * stg + o_t, mask=b_see, other=0.0)
             b_mass += tl.sum(b_t.to(tl.float32), 1)
     if i_g == 0:
-        tl.store(p_entries + i_b * rows + b_row, b_entries.to(tl.float32), mask=b_i >= 0)
+        tl.store(p_entries + i_b * rows + b_row, b_entries.to(tl.float32), mask=b_here)
     if TARGET:
         o_mass = (i_b * groups + i_g) * rows + b_row
-        tl.store(p_mass + o_mass, b_mass, mask=b_i >= 0)
+        tl.store(p_mass + o_mass, b_mass, mask=b_here)
 
 
 def row_sums(call: Call, target: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -36,7 +36,7 @@ _ALU = re.compile(
     r"^(?:IADD|LOP|ISETP|FSETP|FSEL|SEL|FMNMX|FMN|IMNMX|VIMNMX|SHF|PRMT|LEA|F2FP|PLOP|MOV|IABS|FCHK|I2FP|"
     r"ISCADD|VIADD|FADD3|BMSK|SGXT|R2P|P2R|LEPC|POPC)"
 )
-_XU = re.compile(r"^(?:MUFU|F2F|F2I|I2F|BREV|FLO)")
+_XU = re.compile(r"^(?:MUFU|F2F(?!P)|F2I|I2F|BREV|FLO)")
 _SHARED = re.compile(r"^(LDSM|LDS|STS|STSM|LDGSTS)")
 
 
@@ -160,13 +160,13 @@ class Job:
     """What one launch has to do, for the parts that code alone does not tell.
 
     Attributes:
-        products: matrix products [rows, keys] x depth that a pass of the surrounding code makes (tiles
-            of a sweep, or heads of a tile), and ``flops``, of one of them.
-        elements: score elements that these are about. flops_floor, exps_floor: what the mathematics
-            needs per element.
+        passes: how often each inner loop runs, in the order of the code: for one program, or for one
+            turn of the loop around them. ``flops``: of the matrix products of one pass.
+        elements: score elements that these passes are about. flops_floor, exps_floor: what the
+            mathematics needs per element.
     """
 
-    products: int
+    passes: tuple[float, ...]
     flops: float
     elements: float
     flops_floor: float
@@ -190,29 +190,39 @@ class Bound:
 
 
 def bound_of(compiled: Compiled, job: Job) -> Bound:
-    """The static bound of a launch."""
+    """The static bound of a launch.
+
+    Every loop is bounded by its own busiest pipe, and so is what lies between; the bounds are added up.
+
+    Raises:
+        ValueError: the code has other loops than the job says.
+    """
     target = compiled.target
     inner, around, instructions = loops_of(compiled.code, target.tensor_core)
-    if not inner:
-        raise ValueError("no loop with matrix products")
+    if len(inner) != len(job.passes):
+        raise ValueError(f"{len(inner)} loops with matrix products, {len(job.passes)} expected")
     inside = {i for loop in inner for i in loop}
     rest = [instructions[i] for i in around if i not in inside]
-    lines = [[instructions[i] for i in loop] for loop in inner]
-    count = sum(bool(re.match(target.tensor_core, op)) for part in lines for op, _ in part)
-    # tcgen05 names no shape: a loop's products share what one pass of it computes
-    each = job.flops * len(inner) / count
-    works = [work_of(compiled, part, each) for part in lines]
-    overhead = work_of(compiled, rest, each)
     rate = _FLOP_PER_CLOCK[target.name]
+    works = []
+    for loop in inner:
+        part = [instructions[i] for i in loop]
+        count = sum(bool(re.match(target.tensor_core, opcode)) for opcode, _ in part)
+        # tcgen05 names no shape: the products of a loop share what one pass of it computes
+        works.append(work_of(compiled, part, job.flops / count))
+    overhead = work_of(compiled, rest, job.flops / max(work.tensor for work in works))
     # products peeled off the loops by pipelining are in the rest; the loops make the others
-    todo = max(job.products * job.flops / rate - overhead.clocks["tensor"], 0.0)
-    total = Work()
-    for work in works:
-        total.add(work, todo / len(works) / work.clocks["tensor"])
-    clocks = total.bound() + overhead.bound()
+    whole = sum(job.passes) * job.flops / rate
+    share = max(whole - overhead.clocks["tensor"], 0.0) / whole
+    total, clocks = Work(), 0.0
+    for work, passes in zip(works, job.passes, strict=True):
+        # a loop whose body the compiler doubled makes two passes a turn
+        turns = share * passes * job.flops / rate / work.clocks["tensor"]
+        total.add(work, turns)
+        clocks += work.bound() * turns
     return Bound(
-        clocks=clocks / job.elements,
-        inner=total.bound() / (todo * rate / (job.products * job.flops) * job.elements),
+        clocks=(clocks + overhead.bound()) / job.elements,
+        inner=clocks / (share * job.elements),
         floor=max(job.flops_floor / rate, job.exps_floor / _SPECIAL),
         limiter=total.limiter(),
         shared_clocks=(total.shared_bytes + overhead.shared_bytes) / 128 / job.elements,

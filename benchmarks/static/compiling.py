@@ -63,7 +63,11 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """Machine code and what it occupies; ``code``: SASS, or AMD assembly."""
+    """Machine code and what it occupies; ``code``: SASS, or AMD assembly.
+
+    ``atomics``: those that the kernel asks for. The SASS of tcgen05 has some of its own, on the flags by
+    which programs share tensor memory; no data is in them, and PTX does not show them.
+    """
 
     target: Target
     code: str
@@ -72,6 +76,7 @@ class Compiled:
     spills: int
     smem_bytes: int
     warps: int
+    atomics: int
 
 
 def signature_of(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
@@ -109,10 +114,11 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     smem = compiled.metadata.shared
     if target.backend == "hip":
         return _amd(compiled.asm["amdgcn"], target, smem, launch.tile.warps)
-    return _nvidia(compiled.asm["cubin"], target, smem, launch.tile.warps)
+    asked = len(re.findall(r"(?<![\w.])(?:atom|red)\.", compiled.asm["ptx"]))
+    return _nvidia(compiled.asm["cubin"], target, smem, launch.tile.warps, asked)
 
 
-def _nvidia(cubin: bytes, target: Target, smem: int, warps: int) -> Compiled:
+def _nvidia(cubin: bytes, target: Target, smem: int, warps: int, asked: int) -> Compiled:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -122,7 +128,9 @@ def _nvidia(cubin: bytes, target: Target, smem: int, warps: int) -> Compiled:
     registers = int(re.search(r"REG:(\d+)", usage).group(1))  # type: ignore[union-attr]
     stack = int(re.search(r"STACK:(\d+)", usage).group(1))  # type: ignore[union-attr]
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
-    return Compiled(target, code, registers, stack, spills, smem, warps)
+    on_memory = len(re.findall(r"\b(?:REDG?|ATOMG?)\b", code))
+    atomics = max(asked, on_memory)
+    return Compiled(target, code, registers, stack, spills, smem, warps, atomics)
 
 
 def _amd(code: str, target: Target, smem: int, warps: int) -> Compiled:
@@ -133,7 +141,10 @@ def _amd(code: str, target: Target, smem: int, warps: int) -> Compiled:
 
     registers = number("vgpr_count")
     stack = number("private_segment_fixed_size")
-    return Compiled(target, code, registers, stack, number("vgpr_spill_count"), smem, warps)
+    atomics = len(re.findall(r"\b\w+_atomic_\w+", code))
+    return Compiled(
+        target, code, registers, stack, number("vgpr_spill_count"), smem, warps, atomics
+    )
 
 
 def _run(*command: Any) -> str:

@@ -119,7 +119,6 @@ def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype:
         name += "" if launch.arguments["INSIDE"] else " (other keys)"
     products = len(re.findall(rf"\b(?:{target.tensor_core})\S*", compiled.code))
     ex2 = r"MUFU\.EX2" if target.backend == "cuda" else r"v_exp_f32"
-    atomic = r"\b(?:RED|ATOM[SG]?)\b" if target.backend == "cuda" else r"\b\w+_atomic_\w+"
     row = Row(
         kernel=name,
         target=target.name,
@@ -134,7 +133,7 @@ def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype:
         smem_limit=target.smem_limit,
         tensor_core_ops=products,
         ex2=len(re.findall(ex2, compiled.code)),
-        atomics=len(re.findall(atomic, compiled.code)),
+        atomics=compiled.atomics,
         clocks_per_element=None if bound is None else round(bound.clocks, 5),
         inner=None if bound is None else round(bound.inner, 5),
         floor=None if bound is None else round(bound.floor, 5),
