@@ -8,8 +8,8 @@ import typer
 
 from .._version import __version__
 from .ablate import ablate
-from .bench import bench
 from .analyze import analyze
+from .bench import bench
 from .distill import distill
 from .eval import evaluate
 from .init import init

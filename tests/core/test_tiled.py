@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from fastalign import AlignSpec
 from fastalign.backends import tiled
 
-from ..problems import Inputs, every_spec, random_inputs, relative_error, spec_id
+from ..problems import Inputs, every_spec, random_inputs, spec_id
 from ..strategies import calls
+from ..streaming import check_any_call, check_precision
 
 
 @pytest.mark.parametrize("spec", every_spec(), ids=spec_id)
@@ -28,36 +29,14 @@ def test_equals_the_definition_in_float64(spec: AlignSpec, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("spec", every_spec(sinks=(None,)), ids=spec_id)
 def test_error_is_within_twice_torchs_own(spec: AlignSpec, dtype: torch.dtype) -> None:
-    """Against float64 on the same numbers; the yardstick is the materialised reference."""
-    inputs = random_inputs(spec, length=65, heads=(4, 4), key_heads=(2, 2), sizes=(16, 16))
-    inputs = inputs.to(dtype)
-    exact = inputs.to(torch.float64).run(spec, "reference")
-    yardstick = inputs.run(spec, "reference")
-    result = inputs.run(spec, "tiled")
-    loss, *gradients = zip(result, yardstick, exact, strict=True)
-    # a loss is a difference of numbers of order 1 (1 - cos, logarithms): four roundings of slack, as for the
-    # gradients below: a single number of the yardstick may happen to be exact
-    got, own, want = (float(x) for x in loss)
-    slack = 4 * torch.finfo(torch.float32).eps * max(1.0, abs(want))
-    assert abs(got - want) <= 2 * abs(own - want) + slack
-    for grad, grad_own, grad_exact in gradients:
-        slack = 4 * torch.finfo(grad.dtype).eps  # where the yardstick happens to be exact
-        assert relative_error(grad, grad_exact) <= 2 * relative_error(grad_own, grad_exact) + slack
+    check_precision("tiled", spec, dtype)
 
 
 @settings(max_examples=1500)
 @given(call=calls())
 def test_any_call_is_finite_and_right(call: tuple[AlignSpec, Inputs]) -> None:
     """Shapes 1-70, B 0-3, GQA, unequal sides, any mask, logits to 1e4: no NaN, no warning."""
-    spec, inputs = call
-    result = inputs.run(spec, "tiled")
-    for x in result:
-        assert torch.isfinite(x).all()
-    if inputs.q_s.dtype == torch.float64 and spec.sink_sigma is None:
-        # a sink threshold may fall on an entry, where one rounding decides
-        exact = inputs.run(spec, "reference")
-        for got, want in zip(result, exact, strict=True):
-            assert relative_error(got, want) < 1e-8 or (got - want).abs().max() < 1e-10
+    check_any_call("tiled", *call)
 
 
 def test_identical_bits_on_a_second_run() -> None:
