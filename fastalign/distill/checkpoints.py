@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,12 +64,32 @@ def put_in_place(staging: Path, target: Path) -> None:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the highest step, or None."""
+    found = _checkpoints(folder)
+    return found[-1] if found else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """In the order of their steps."""
     found = {}
     for path in folder.glob("checkpoint-*"):
         match = _NAME.fullmatch(path.name)
         if match and path.is_dir():
             found[int(match[1])] = path
-    return found[max(found)] if found else None
+    return [found[step] for step in sorted(found)]
+
+
+def retire(folder: Path, keep: int, spared: Iterable[Path] = ()) -> None:
+    """Delete all but the ``keep`` latest checkpoints; one that is being deleted is no checkpoint any more.
+
+    A process that dies here leaves none that is half there: each is renamed away first.
+    """
+    staging = folder / STAGING
+    for path in _checkpoints(folder)[:-keep]:
+        if path in spared:
+            continue
+        staging.mkdir(exist_ok=True)
+        os.replace(path, staging / f"old-{path.name}")
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -191,7 +191,9 @@ def _run_stage(
 
 
 def _claim(recipe: Recipe, output: Path, resume: bool) -> None:
-    """The run's folder belongs to one recipe."""
+    """The run's folder belongs to one recipe; one process decides (its failure ends the others)."""
+    if not is_main():
+        return
     path = output / "recipe.json"
     plain = json.loads(json.dumps(recipe_to_plain(recipe)))
     if path.exists():
@@ -203,7 +205,7 @@ def _claim(recipe: Recipe, output: Path, resume: bool) -> None:
             raise RecipeError(
                 f"output: {output} holds a run of another recipe; allowed: the recipe in {path}"
             )
-    elif is_main():
+    else:
         output.mkdir(parents=True, exist_ok=True)
         _write_json(path, plain)
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
 
-from .checkpoints import STAGING, SaveError, last_checkpoint, put_in_place
+from .checkpoints import STAGING, SaveError, last_checkpoint, put_in_place, retire
 from .config import DistillConfig
 from .objective import Objective
 from .timing import Stopwatch
@@ -234,10 +233,10 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
             ) from error
         finally:
             self._staging = False
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run), save_total_limit=self.args.save_total_limit, use_mtime=False
-            )
+        limit = self.args.save_total_limit
+        if self.args.should_save and limit:
+            best = self.state.best_model_checkpoint
+            retire(run, limit, [] if best is None else [run / Path(best).name])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The Trainer loads the file's names as they are, without strictness; save_pretrained renames some.

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
@@ -95,46 +88,6 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
         folder
     ).state_dict()
     return state
-
-
-def start_process(folder: Path, *options: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "fastalign", "distill", str(folder / "recipe.yaml"), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)], ids=["3", "20"])
-def test_killed_and_resumed_gives_the_same_weights(tmp_path: Path, kills: int) -> None:
-    """kill -9 at random moments once training has begun, saves included; then the same bits."""
-    stages = [{"preset": "dft", "lora": None, "steps": 8 * kills}]
-    for name in ("whole", "killed"):
-        world(tmp_path / name, stages=stages)
-    run_recipe(load_recipe(tmp_path / "whole" / "recipe.yaml"), say=lambda _: None)
-    rng = random.Random(kills)
-    folder = tmp_path / "killed"
-    cut_off = 0
-    for number in range(kills):
-        process = start_process(folder, *(["--resume"] if number else []))
-        checkpoints = set((folder / "run").glob("0*/checkpoint-*"))
-        while process.poll() is None:
-            if set((folder / "run").glob("0*/checkpoint-*")) - checkpoints:
-                time.sleep(rng.random() * 0.5)
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.01)
-        output, _ = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), output.decode()[-2000:]
-        cut_off += process.returncode != 0
-    assert cut_off >= 1
-    process = start_process(folder, "--resume")
-    output, _ = process.communicate()
-    assert process.returncode == 0, output.decode()[-2000:]
-    a, b = (load_file(tmp_path / n / "run/final/model.safetensors") for n in ("whole", "killed"))
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_recipes_survive_yaml(tmp_path: Path) -> None:
