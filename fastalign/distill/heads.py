@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def tapped_head(role: str, model: Any, *, headless: bool) -> Iterator[HeadTap]:
     handle = head.register_forward_pre_hook(see)
     before = head.__dict__.get("forward")
     if headless:
-        head.forward = _unchanged
+        head.forward = partial(_headless, head)
     try:
         yield tap
     finally:
@@ -82,5 +83,26 @@ def check_headless(tap: HeadTap, logits: Tensor) -> None:
         )
 
 
-def _unchanged(x: Tensor) -> Tensor:
-    return x
+def _headless(head: nn.Module, x: Tensor) -> Tensor:
+    weight: Any = head.weight
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return x
+    reached: Tensor = _Reached.apply(x, weight)
+    return reached
+
+
+class _Reached(torch.autograd.Function):
+    """x itself, with ``weight`` in its history; the weight's gradient comes from the loss.
+
+    DistributedDataParallel looks for the parameters that a forward's output depends on and counts the
+    others as done at once. The head's weight is used only behind the forward, so without this it
+    would be reduced before it has a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
