@@ -18,7 +18,7 @@ from fastalign.distill.recipe import load_recipe
 from fastalign.distill.run import run_recipe
 
 from . import launched, worlds
-from .test_run import world
+from .test_run import load, world
 from .test_trainer import difference
 
 
@@ -75,9 +75,9 @@ def test_a_recipe_on_two_processes(tmp_path: Path) -> None:
             assert said.count("the student is in") == 1  # one process speaks
         run = tmp_path / name / "run"
         assert not list(run.glob("**/.saving"))
-        results[name] = load_file(run / "final" / "model.safetensors")
+        results[name] = load(run / "final")
         results[name + " losses"] = yaml.safe_load((run / "summary.json").read_text())
-    start = load_file(tmp_path / "one" / "student" / "model.safetensors")
+    start = load(tmp_path / "one" / "student")
     for ours, theirs in zip(
         results["one losses"]["stages"], results["two losses"]["stages"], strict=True
     ):
