@@ -6,16 +6,16 @@ x_v = P_s(P_t(z)): P_t is the teacher's projector, copied and frozen; P_s is sma
 Where P_s is one Linear (the released code's choice), P_s after P_t's last Linear is one Linear again,
 W = W_s W_2 and b = W_s b_2 + b_s: the whole is a two-layer projector whose hidden width is the
 *teacher's* (``fold``). Stock LLaVA fixes that width to the student's own. So an exact stock
-checkpoint exists only if the teacher is not wider than the student (``to_stock`` then fills up with
-units whose weights are zero, which GELU keeps at zero); a wider teacher's projector has more units
-than the stock class can hold, and its checkpoint is loaded with this module's class. Importing this
-module makes ``AutoConfig`` and ``AutoModelForImageTextToText`` know it; no remote code is involved.
+checkpoint exists only if no more units are needed than the student is wide: always if the teacher is not
+wider, and else if enough of its units are idle (``to_stock``). Fewer ones are filled up with units whose
+weights are zero, which GELU keeps at zero. Any other wider teacher's projector has more units than the
+stock class can hold, and its checkpoint is loaded with this module's class. Importing this module makes ``AutoConfig`` and ``AutoModelForImageTextToText`` know it; no remote code is involved.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -179,17 +179,22 @@ def fold(model: TafLlavaForConditionalGeneration) -> TafLlavaForConditionalGener
 def to_stock(model: TafLlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
     """The same function as a stock ``LlavaForConditionalGeneration``.
 
+    Hidden units that are idle go: those that nothing reads, those that do not look at the image (a constant,
+    which joins the bias), and all but one of those that are equal (their readers' weights are summed).
+
     Raises:
-        ValueError: the adapter is not one Linear, or the teacher is wider than the student: the stock
-            projector has as many hidden units as the student is wide.
+        ValueError: the adapter is not one Linear, or more units remain than the student is wide: the
+            stock projector has as many.
     """
     folded = model if model.config.adapter == "folded" else fold(model)
     width, own = folded.config.fetched_width, folded.config.text_config.hidden_size
-    if width > own:
+    units = _needed_units(folded.model.multi_modal_projector, spare=own - width)
+    if len(units.read) > own:
         raise ValueError(
-            f"to_stock: the fetched projector has {width} hidden units and a stock LLaVA of this size "
-            f"{own}; allowed: a teacher that is not wider than the student, or the checkpoint of "
-            "TafLlavaForConditionalGeneration (import fastalign.distill.taf, then AutoModel)"
+            f"to_stock: {len(units.read)} of the fetched projector's {width} hidden units are needed and a "
+            f"stock LLaVA of this size has {own}; allowed: a teacher that is not wider than the student, or "
+            "the checkpoint of TafLlavaForConditionalGeneration (import fastalign.distill.taf, then "
+            "AutoModel)"
         )
     if folded.config.projector_hidden_act not in _KEEPS_ZERO:
         raise ValueError(
@@ -202,15 +207,51 @@ def to_stock(model: TafLlavaForConditionalGeneration) -> LlavaForConditionalGene
     made = LlavaForConditionalGeneration(LlavaConfig(**plain)).to(folded.lm_head.weight.dtype)
     state = folded.state_dict()
     prefix = "model.multi_modal_projector."
-    ours = {name: state.pop(name) for name in list(state) if name.startswith(prefix)}
+    state = {name: value for name, value in state.items() if not name.startswith(prefix)}
     empty = {n: torch.zeros_like(v) for n, v in made.state_dict().items() if n.startswith(prefix)}
-    empty[prefix + "linear_1.weight"][:width] = ours[prefix + "fetched.linear_1.weight"]
-    empty[prefix + "linear_2.weight"][:, :width] = ours[prefix + "adapter.weight"]
+    count = len(units.read)
+    empty[prefix + "linear_1.weight"][:count] = units.look
+    empty[prefix + "linear_2.weight"][:, :count] = units.read.T
     if folded.config.multimodal_projector_bias:
-        empty[prefix + "linear_1.bias"][:width] = ours[prefix + "fetched.linear_1.bias"]
-        empty[prefix + "linear_2.bias"][:] = ours[prefix + "adapter.bias"]
+        empty[prefix + "linear_1.bias"][:count] = units.offset
+        empty[prefix + "linear_2.bias"][:] = units.bias
     made.load_state_dict({**state, **empty})
     return cast(LlavaForConditionalGeneration, made.eval())
+
+
+class _Units(NamedTuple):
+    """n hidden units: what each looks at [n, d_v], its offset [n], who reads it [n, d_s]; bias [d_s]."""
+
+    look: Tensor
+    offset: Tensor
+    read: Tensor
+    bias: Tensor
+
+
+def _needed_units(projector: Any, spare: int) -> _Units:
+    """The units of a folded projector; without the idle ones where there is no room to spare."""
+    first, last = projector.fetched["linear_1"], projector.adapter
+    zero = first.weight.new_zeros
+    offset = zero(first.out_features) if first.bias is None else first.bias.detach()
+    bias = zero(last.out_features) if last.bias is None else last.bias.detach()
+    units = _Units(first.weight.detach(), offset, last.weight.detach().T, bias)
+    if spare >= 0:
+        return units
+    seen, read = units.look.any(1), units.read.any(1)
+    constant = (
+        projector.act(units.offset[~seen & read].double()) @ units.read[~seen & read].double()
+    )
+    kept = seen & read
+    both = torch.cat([units.look, units.offset[:, None]], 1)[kept]
+    distinct, which = torch.unique(both, dim=0, return_inverse=True)
+    readers = distinct.new_zeros(len(distinct), len(bias), dtype=torch.float64)
+    readers.index_add_(0, which, units.read[kept].double())
+    return _Units(
+        distinct[:, :-1],
+        distinct[:, -1],
+        readers.to(bias.dtype),
+        (bias.double() + constant).to(bias.dtype),
+    )
 
 
 def _product(last: Any, second: Any) -> tuple[Tensor, Tensor | None]:

@@ -83,8 +83,32 @@ def test_a_teacher_not_wider_exports_to_stock_llava(tmp_path: Path, heads: int) 
     torch.testing.assert_close(stock(**batch).logits, taf.eval()(**batch).logits)
 
 
+def test_a_wider_teacher_exports_if_enough_of_its_units_are_idle(tmp_path: Path) -> None:
+    """32 units for a student of width 16: 9 that nobody reads, 4 that see nothing, 3 that are copies."""
+    taf, _ = models(2)
+    folded = fold(taf)
+    projector = folded.model.multi_modal_projector
+    look, read = projector.fetched["linear_1"], projector.adapter
+    with torch.no_grad():
+        read.weight[:, 3:12] = 0
+        look.weight[20:24] = 0
+        for copy_ in (29, 30, 31):
+            look.weight[copy_], look.bias[copy_] = look.weight[0], look.bias[0]
+    batch = tiny.batch()
+    to_stock(folded).save_pretrained(tmp_path)
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert type(stock) is LlavaForConditionalGeneration
+    torch.testing.assert_close(stock(**batch).logits, folded(**batch).logits)
+    with torch.no_grad():
+        read.weight[:, 3] = 1  # one more is needed
+    with pytest.raises(
+        ValueError, match="17 of the fetched projector's 32 hidden units are needed"
+    ):
+        to_stock(folded)
+
+
 def test_a_wider_teacher_does_not_and_says_why() -> None:
-    with pytest.raises(ValueError, match="32 hidden units and a stock LLaVA of this size 16"):
+    with pytest.raises(ValueError, match=r"32 hidden units are needed and a stock LLaVA .* has 16"):
         to_stock(models(2)[0])
 
 
