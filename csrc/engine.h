@@ -35,7 +35,10 @@ template <typename T> class Engine final : public Session {
   explicit Engine(const FaCall& call) : call_(call) {
     select();
     cut_chunks();
-    adds_queries_ = call_.heads == kMix && !chunks_.empty() && chunks_[0].groups.size() < call_.groups;
+    adds_queries_ = call_.heads == kMix &&
+                    std::any_of(chunks_.begin(), chunks_.end(), [&](const Chunk& chunk) {
+                      return chunk.groups.size() < call_.groups;
+                    });
     clear_gradients();
     scratch_.resize(std::max<int64_t>(1, call.threads));
   }
