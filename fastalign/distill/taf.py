@@ -6,10 +6,11 @@ x_v = P_s(P_t(z)): P_t is the teacher's projector, copied and frozen; P_s is sma
 Where P_s is one Linear (the released code's choice), P_s after P_t's last Linear is one Linear again,
 W = W_s W_2 and b = W_s b_2 + b_s: the whole is a two-layer projector whose hidden width is the
 *teacher's* (``fold``). Stock LLaVA fixes that width to the student's own. So an exact stock
-checkpoint exists only if no more units are needed than the student is wide: always if the teacher is not
-wider, and else if enough of its units are idle (``to_stock``). Fewer ones are filled up with units whose
-weights are zero, which GELU keeps at zero. Any other wider teacher's projector has more units than the
-stock class can hold, and its checkpoint is loaded with this module's class. Importing this module makes ``AutoConfig`` and ``AutoModelForImageTextToText`` know it; no remote code is involved.
+checkpoint exists only if no more units are needed than the student is wide: always if the teacher is
+not wider, and else if enough of its units are idle (``to_stock``). Fewer ones are filled up with units
+whose weights are zero, which GELU keeps at zero. Any other wider teacher's projector has more units
+than the stock class can hold, and its checkpoint is loaded with this module's class. Importing this
+module makes ``AutoConfig`` and ``AutoModelForImageTextToText`` know it; no remote code is involved.
 """
 
 from __future__ import annotations
@@ -179,8 +180,8 @@ def fold(model: TafLlavaForConditionalGeneration) -> TafLlavaForConditionalGener
 def to_stock(model: TafLlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
     """The same function as a stock ``LlavaForConditionalGeneration``.
 
-    Hidden units that are idle go: those that nothing reads, those that do not look at the image (a constant,
-    which joins the bias), and all but one of those that are equal (their readers' weights are summed).
+    For a wider teacher, hidden units that are idle go: those that nothing reads, those that do not look at
+    the image (a constant, which joins the bias), and all but one of equal ones (their readers add up).
 
     Raises:
         ValueError: the adapter is not one Linear, or more units remain than the student is wide: the
@@ -191,9 +192,9 @@ def to_stock(model: TafLlavaForConditionalGeneration) -> LlavaForConditionalGene
     units = _needed_units(folded.model.multi_modal_projector, spare=own - width)
     if len(units.read) > own:
         raise ValueError(
-            f"to_stock: {len(units.read)} of the fetched projector's {width} hidden units are needed and a "
-            f"stock LLaVA of this size has {own}; allowed: a teacher that is not wider than the student, or "
-            "the checkpoint of TafLlavaForConditionalGeneration (import fastalign.distill.taf, then "
+            f"to_stock: {len(units.read)} of the fetched projector's {width} hidden units are needed "
+            f"and a stock LLaVA of this size has {own}; allowed: a teacher that is not wider, or the "
+            "checkpoint of TafLlavaForConditionalGeneration (import fastalign.distill.taf, then "
             "AutoModel)"
         )
     if folded.config.projector_hidden_act not in _KEEPS_ZERO:
