@@ -41,7 +41,7 @@ def job_of(launch: Launch) -> Job:
     elif name == "dk":
         passes = _passes(a["p_keys"], 3, keys, rows, a["INTERVAL"])
     else:
-        slots = (a["LO"],) if name == "row_lse" else (6,)
+        slots: tuple[int, ...] = (a["LO"],) if name == "row_lse" else (6,)
         if a.get("OTHERS", False):
             slots = (6, 8)
         passes = sum((_passes(a["p_rows"], s, rows, keys, a["INTERVAL"]) for s in slots), ())
