@@ -30,7 +30,8 @@ constexpr int kRegisters = 16;
 template <int NV> constexpr int kTileRows = NV == 1 ? 8 : (kRegisters - NV - 1) / NV;
 
 // One stretch of the sum: A and B from here, for `length` values of k. Row m of A begins m / 2 * a_two +
-// m % 2 * a_one elements further: two distances, because a pair of rows may share its storage.
+// m % 2 * a_one elements further: two distances, because a pair of rows may share its storage. Where a_two is
+// not 2 * a_one, tiles must begin at even rows.
 template <typename Element> struct Stretch {
   const Element* a;
   const Element* b;

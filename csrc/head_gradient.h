@@ -227,7 +227,9 @@ void Engine<T>::strip_gradient(const Pass& pass, int64_t index, int64_t head, Ra
 }
 
 // dq^T [D, lanes] += K^T dS^T over one strip. For pairs, dS first becomes bfloat16 in its own place: of
-// two keys, the pairs along the keys (what dq needs), then one row of pairs along the lanes each (dk).
+// two keys, the pairs along the keys (what dq needs), then one row of pairs along the lanes each (dk). dS of
+// a row sums to 0 over the keys, and dq of keys with much in common lives on that; so what one key loses by
+// rounding is carried to the next.
 template <typename T>
 template <typename Op, int NV>
 void Engine<T>::finish_strip(Range strip, int64_t end, Rows<typename Op::Element> keys, T* ds, T* d_q) {
@@ -237,12 +239,16 @@ void Engine<T>::finish_strip(Range strip, int64_t end, Rows<typename Op::Element
   if constexpr (Op::pairs) {
     static_assert(kGranule % 2 == 0, "strips hold whole pairs of keys");
     const T factor = query_factor(from);  // here rather than in the queries, which stay as they were given
+    Vec<T> lost[NV] = {};
     for (int64_t k = 0; k < strip.size(); k += 2) {
       T* two = ds + k * lanes;
       Vec<T> low[NV], high[NV];
       for (int v = 0; v < NV; ++v) {
-        low[v] = load(two + v * W) * factor;
-        high[v] = load(two + lanes + v * W) * factor;
+        const Vec<T> x = load(two + v * W) * factor + lost[v];
+        low[v] = Op::round(x);
+        const Vec<T> y = load(two + lanes + v * W) * factor + (x - low[v]);
+        high[v] = Op::round(y);
+        lost[v] = y - high[v];
       }
       auto* out = elements + k * lanes;
       for (int v = 0; v < NV; ++v) {
@@ -310,8 +316,9 @@ void Engine<T>::key_gradient(const Pass& pass, Range heads, Range part, Range ke
   const int64_t live = std::min(keys.end, static_cast<int64_t>(s.key.size())) - keys.begin;
   if ((count == 0 && !kFresh) || live <= 0) return;
 
-  // Straight to dk where its rows are whole vectors one after the other, else by way of a tile.
-  const bool straight = padded == from.size && s.consecutive;
+  // Straight to dk where its rows are whole vectors one after the other, else by way of a tile. Tiles are
+  // computed whole: in pieces, one could start at an odd row, whose pairs are stored elsewhere.
+  const bool straight = padded == from.size && s.consecutive && live == keys.size();
   T* tile = straight ? key_row(s, key_head, keys.begin) : scratch.d_k.get();
   const int64_t apart = straight ? from.size : stride;
   if (!straight && !kFresh)
@@ -321,12 +328,12 @@ void Engine<T>::key_gradient(const Pass& pass, Range heads, Range part, Range ke
     }
   auto columns = [&](auto nv, int64_t d) {
     for (int64_t n = 0; n < granules; ++n) {
-      const int64_t rows = std::min<int64_t>(kGranule, live - n * kGranule);
       if (d == 0)
         for (int64_t i = begin[n + 1]; n + 1 < granules && i < begin[n + 2]; ++i)
           prefetch(stretches[i].a, kGranule / 2 * stretches[i].a_two);
       multiply<Op, decltype(nv)::value, !kFresh>(stretches + begin[n], begin[n + 1] - begin[n],
-                                              {1, stride, apart}, tile + n * kGranule * apart + d, rows, d);
+                                              {1, stride, apart}, tile + n * kGranule * apart + d, kGranule,
+                                              d);
     }
   };
   int64_t d = 0;

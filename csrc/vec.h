@@ -80,18 +80,20 @@ struct Pairs {
   static Vec<float> add(Vec<float> sum, Elements a, Elements b) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
-  // Two vectors of reals, rounded: {lane i of both as one element, low | high << 16}.
+  // Rounded to bfloat16, as a real again.
+  static Vec<float> round(Vec<float> x) { return (Vec<float>)(rounded(x) << 16); }
+  // Two vectors of rounded reals: {lane i of both as one element, low in the low half}.
   static Elements pack(Vec<float> low, Vec<float> high) {
-    const Ints<float> a = rounded(low), b = rounded(high);
-    return a | (b << 16);
+    return (Elements)(((Unsigned)(Elements)low >> 16) | ((Unsigned)(Elements)high & 0xffff0000u));
   }
-  // One vector of reals, rounded: lanes 2 i and 2 i + 1 as one element, half a vector of elements.
+  // One vector of reals, which it rounds: lanes 2 i and 2 i + 1 as one element, half a vector of elements.
   static void write_row(Vec<float> x, Element* out) {
     const __m256bh y = _mm512_cvtneps_pbh((__m512)x);
     __builtin_memcpy(out, &y, sizeof y);
   }
 
  private:
+  typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
   static Ints<float> rounded(Vec<float> x) {
     typedef uint16_t halves __attribute__((vector_size(kVectorBytes / 2)));
     return __builtin_convertvector((halves)_mm512_cvtneps_pbh((__m512)x), Ints<float>);

@@ -282,3 +282,49 @@ def test_opcheck(spec: AlignSpec) -> None:
     arguments = (*_arguments(problem_of(inputs, spec)), "cpu", wanted)
     checks = torch.library.opcheck(torch.ops.fastalign.align_with_gradients.default, arguments)
     assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("length", range(15, 31))
+def test_bfloat16_gradient_of_every_key_and_row(length: int) -> None:
+    """Each key's dk and each row's dq on its own, at every remainder of a tile's 14 keys and 16 rows."""
+    torch.manual_seed(length)
+    q_s, q_t = (torch.randn(1, 2, length, 32).bfloat16() for _ in range(2))
+    k_s, k_t = (torch.randn(1, 2, length, 32).bfloat16() for _ in range(2))
+    visual = torch.zeros(1, length, dtype=torch.bool)
+    visual[:, 2 : length - 1] = True
+
+    def gradients(backend: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        q, k = (x.to(dtype).requires_grad_() for x in (q_s.clone(), k_s.clone()))
+        loss = fused_attn_align_loss(
+            q, k, q_t.to(dtype), k_t.to(dtype), visual_mask=visual,
+            query_mask=torch.ones_like(visual), spec=AlignSpec(), backend=backend,
+        )  # fmt: skip
+        return torch.autograd.grad(loss, (q, k))
+
+    exact = gradients("reference", torch.float64)
+    for got, want in zip(gradients("cpu", torch.bfloat16), exact, strict=True):
+        error = (got.double() - want).norm(dim=-1)
+        assert (error <= 0.02 * want.norm(dim=-1) + 0.002 * want.norm(dim=-1).max()).all()
+
+
+def test_mix_over_chunks_of_groups_of_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causal rows whose first chunk holds all groups and a later, wider one does not: dq adds up."""
+    torch.manual_seed(0)
+    sizes = ((1, 2, 111, 64), (1, 2, 111, 64), (1, 3, 111, 64), (1, 3, 111, 64), (2, 3))
+    q, k, q_t, k_t, mix = (torch.randn(size, dtype=torch.float64) for size in sizes)
+    visual = torch.zeros(1, 111, dtype=torch.bool)
+    visual[:, 5:90] = True
+
+    def gradients(backend: str) -> tuple[torch.Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, mix)]
+        loss = fused_attn_align_loss(
+            leaves[0], leaves[1], q_t, k_t, visual_mask=visual, query_mask=torch.ones_like(visual),
+            mix=leaves[2], spec=AlignSpec(heads="mix"), backend=backend,
+        )  # fmt: skip
+        return torch.autograd.grad(loss, leaves)
+
+    exact = gradients("reference")
+    for budget in (20_000, 40_000, 80_000, 160_000):
+        monkeypatch.setattr(cpu, "WORKSPACE_BYTES", budget)
+        for got, want in zip(gradients("cpu"), exact, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
