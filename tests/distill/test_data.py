@@ -219,7 +219,7 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
         if not data:
             break
         at = rng.randrange(len(data))
-        kind = rng.randrange(5)
+        kind = rng.randrange(6)
         if kind == 0:
             data[at] ^= 1 << rng.randrange(8)
         elif kind == 1:
@@ -230,15 +230,16 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
             data[at:at] = rng.choice(
                 (
                     b"[" * 50,
-                    b'"../secret.png"',
                     b"../",
-                    b'"/etc/hostname"',
                     b"<image>",
                     b"\x00",
                     b"null",
                     b"1e999",
                 )
             )
+        elif kind == 4:  # where a path stands, one that leads out
+            out = rng.choice((b'"../secret.png"', b'"/etc/hostname"', b'"../root/../secret.png"'))
+            data = data.replace(rng.choice((b'"0.png"', b'"1.png"')), out)
         else:
             del data[at:]
     return bytes(data)
