@@ -30,7 +30,7 @@ def distill(
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     from ..distill.checkpoints import SaveError
-    from ..distill.run import is_main, run_recipe
+    from ..distill.run import is_main, leave_processes, run_recipe
 
     try:
         run_recipe(read, resume=resume, say=typer.echo if is_main() else _silent)
@@ -42,6 +42,7 @@ def distill(
         raise typer.Exit(1) from None
     if is_main():
         typer.echo(f"the student is in {resolve(read, read.output) / 'final'}")
+    leave_processes()
 
 
 def _silent(text: str) -> None:

@@ -79,6 +79,16 @@ def stage_folders(recipe: Recipe) -> list[str]:
     return [f"{i:02d}-{stage.name}" for i, stage in enumerate(recipe.stages, start=1)]
 
 
+def leave_processes() -> None:
+    """Part from the other processes of a finished run, all at once.
+
+    A process that ends while its connections live may be aborted by their threads: a failure after success.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def is_main() -> bool:
     """Whether this process writes: rank 0 of a launch, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from fastalign.distill.config import DistillConfig
 from fastalign.distill.data.collate import Collator
+from fastalign.distill.run import leave_processes
 from fastalign.distill.trainer import DistillTrainer
 from tests.distill import worlds
 
@@ -109,6 +110,7 @@ def main(kind: str, dtype: str, path: str) -> None:
     if trainer.is_world_process_zero():
         losses = {n: torch.tensor(v) for n, v in logs.items() if n.startswith("loss")}
         save_file({**gradients, **losses}, Path(path))
+    leave_processes()
 
 
 if __name__ == "__main__":
