@@ -224,6 +224,8 @@ template <typename T> class Engine final : public Session {
   // ------------------------------------------------------------------------------ keys.h
 
   template <typename Op> bool in_place(const FaSide& from, const Sample& s) const;
+  template <typename Missing, typename Pack> int64_t pack(const FaSide& from, Packed& to, int64_t reals,
+                                                          Missing missing, Pack pack);
   int64_t pack_keys(bool student);
   void pack_key_pairs();
   template <typename Op> Rows<typename Op::Element> key_rows(bool student, int64_t sample,
@@ -244,6 +246,7 @@ template <typename T> class Engine final : public Session {
   template <typename Op, int NV> void score_strip(Rows<typename Op::Element> keys, bool student,
                                                   const Block& block, Range strip, T hidden,
                                                   Scratch& scratch, T* s, Vec<T>* top);
+  template <typename F> void each_column_strip(const Block& block, const T* factors, F f) const;
   template <int NV> void absorb(bool student, int64_t block, int64_t head, const T* s, const Vec<T>* lse,
                                 T* sum);
   template <int NV> void finish_logs(bool student, int64_t block, const T* sum);
@@ -271,8 +274,8 @@ template <typename T> class Engine final : public Session {
   template <typename Op, int NV> void enter_head(const Pass& pass, bool resident, int64_t block,
                                                  int64_t head, Scratch& scratch, int64_t place);
   template <int NV> void log_sum_exps(int64_t block, int64_t head, Vec<T>* lse) const;
-  template <typename F> void each_column_strip(const Block& block, const T* factors, F f) const;
-  template <int NV> const T* mix_gradient(int64_t block, int64_t head, const T* s, Scratch& scratch);
+  const T* entry_gradients(int64_t block, int64_t head, Scratch& scratch);
+  template <int NV> void mix_gradient(int64_t block, int64_t head, const T* s, Scratch& scratch);
   template <int NV> void plain_delta(int64_t block, const T* s, const T* gradient, Vec<T>* delta);
   template <int NV> void entry_terms(int64_t block, int64_t head, const T* s, const T* gradient, T* x,
                                      Vec<T>* delta);

@@ -40,8 +40,8 @@ void Engine<T>::enter_head(const Pass& pass, bool resident, int64_t index, int64
   }
   std::fill_n(scratch.d_q.get() + place * 3 * W * from.size, from.size * lanes, T(0));
   Vec<T> delta[NV] = {};
-  const T* gradient = plane(1, index, call_.heads == kEach ? head - chunk_.groups.begin : 0);
-  if (call_.heads == kMix) gradient = mix_gradient<NV>(index, head, x, scratch);
+  if (call_.heads == kMix) mix_gradient<NV>(index, head, x, scratch);
+  const T* gradient = entry_gradients(index, head, scratch);
   if (keeps_exponentials(from)) plain_delta<NV>(index, x, gradient, delta);
   else entry_terms<NV>(index, head, x, gradient, scratch.column.get(), delta);
   for (int v = 0; v < NV; ++v) store(scratch.delta.get() + place * 3 * W + v * W, delta[v]);
@@ -58,23 +58,17 @@ void Engine<T>::log_sum_exps(int64_t index, int64_t head, Vec<T>* lse) const {
   for (int v = 0; v < NV; ++v) lse[v] = load(values + v * W);
 }
 
-// f(first column, last, the strip's factors): the block's columns, cut where the strips of keys end.
+// Where a head finds E: on its group's plane, or for a mixed head where mix_gradient left w E.
 template <typename T>
-template <typename F>
-void Engine<T>::each_column_strip(const Block& block, const T* factors, F f) const {
-  const int32_t* key = samples_[block.sample].key_of_column.data() + block.columns.begin;
-  const int64_t columns = block.columns.size();
-  for (int64_t c = 0; c < columns;) {
-    const int64_t first = c, strip = key[c] / kStep;
-    while (c < columns && key[c] / kStep == strip) ++c;
-    f(first, c, factors + (strip - block.first_strip()) * block.lanes);
-  }
+const T* Engine<T>::entry_gradients(int64_t index, int64_t head, Scratch& scratch) {
+  if (call_.heads == kMix) return scratch.column.get();
+  return plane(1, index, call_.heads == kEach ? head - chunk_.groups.begin : 0);
 }
 
 // w E of a mixed head, summed over the chunk's groups, and its part of dmix = sum P E.
 template <typename T>
 template <int NV>
-const T* Engine<T>::mix_gradient(int64_t index, int64_t head, const T* s, Scratch& scratch) {
+void Engine<T>::mix_gradient(int64_t index, int64_t head, const T* s, Scratch& scratch) {
   constexpr int lanes = NV * W;
   const FaSide& from = call_.student;
   const Block& block = blocks_[index];
@@ -106,7 +100,6 @@ const T* Engine<T>::mix_gradient(int64_t index, int64_t head, const T* s, Scratc
     part[g] = 0;
     for (int i = 0; i < W; ++i) part[g] += sum[i];
   }
-  return mixed;
 }
 
 // sum_V P w E where the tile holds exponentials: P = e f.
@@ -187,8 +180,7 @@ void Engine<T>::strip_gradient(const Pass& pass, int64_t index, int64_t head, Ra
   for (int v = 0; v < NV; ++v) delta[v] = load(scratch.delta.get() + place * 3 * W + v * W);
 
   if (keeps_exponentials(from)) {  // with P = e f: dS = e (f w E - f delta)
-    const T* gradient = call_.heads == kMix ? scratch.column.get()
-        : plane(1, index, call_.heads == kEach ? head - chunk_.groups.begin : 0);
+    const T* gradient = entry_gradients(index, head, scratch);
     const T* factors = strip_factors(tile, index) + (strip.begin / kStep - block.first_strip()) * lanes;
     Vec<T> scale[NV];
     for (int v = 0; v < NV; ++v) {

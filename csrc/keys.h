@@ -19,32 +19,41 @@ bool Engine<T>::in_place(const FaSide& from, const Sample& s) const {
   return !Op::pairs || (k.stride[0] | k.stride[1] | k.stride[2] | int64_t(address / 2)) % 2 == 0;
 }
 
-// Packs those keys of the chunk's samples that are not read in place, and lets go those of other samples.
-// Returns the bytes held.
-template <typename T> int64_t Engine<T>::pack_keys(bool student) {
-  const FaSide& from = side(student);
-  Packed& to = keys_[student ? 0 : 1];
+// Makes room of `reals` a key for the chunk's samples that are `missing(sample)`, calls pack(sample, head,
+// keys) for parts of them, and lets go what other samples hold. Returns the bytes held.
+template <typename T>
+template <typename Missing, typename Pack>
+int64_t Engine<T>::pack(const FaSide& from, Packed& to, int64_t reals, Missing missing, Pack pack) {
   const int64_t low = blocks_[chunk_.blocks.begin].sample;
   const int64_t high = blocks_[chunk_.blocks.end - 1].sample, part = 256;
   struct Item { int64_t sample, head; Range keys; };
+  std::vector<Item> items;
+  int64_t held = 0;
+  for (int64_t i = 0; i < static_cast<int64_t>(samples_.size()); ++i) {
+    if (i < low || i > high) to[i].release();
+    else if (to[i].bytes() == 0 && missing(samples_[i])) {
+      const int64_t keys = samples_[i].all[0].end;
+      to[i].reset(from.key_heads * keys * reals);
+      for (int64_t h = 0; h < from.key_heads; ++h)
+        for (int64_t k = 0; k < keys; k += part) items.push_back({i, h, {k, std::min(keys, k + part)}});
+    }
+    held += to[i].bytes();
+  }
+  parallel(static_cast<int64_t>(items.size()), call_.threads, [](int64_t) { return 1; },
+           [&](int64_t i, int64_t) { pack(items[i].sample, items[i].head, items[i].keys); });
+  return held;
+}
+
+// Packs the keys of a side that are not read in place. Returns the bytes held.
+template <typename T> int64_t Engine<T>::pack_keys(bool student) {
+  const FaSide& from = side(student);
+  Packed& to = keys_[student ? 0 : 1];
   int64_t held = 0;
   with_product(from, [&](auto op) {
     using Op = decltype(op);
     const int64_t size = words<Op>(from), stride = packed_stride<T>(size);
-    std::vector<Item> items;
-    for (int64_t i = 0; i < static_cast<int64_t>(samples_.size()); ++i) {
-      if (i < low || i > high) to[i].release();
-      else if (to[i].bytes() == 0 && !in_place<Op>(from, samples_[i])) {
-        const int64_t keys = samples_[i].all[0].end;
-        to[i].reset(from.key_heads * keys * stride);
-        for (int64_t h = 0; h < from.key_heads; ++h)
-          for (int64_t k = 0; k < keys; k += part) items.push_back({i, h, {k, std::min(keys, k + part)}});
-      }
-      held += to[i].bytes();
-    }
-    parallel(static_cast<int64_t>(items.size()), call_.threads, [](int64_t) { return 1; },
-             [&](int64_t i, int64_t) {
-      const auto& [sample, head, keys] = items[i];
+    auto missing = [&](const Sample& s) { return !in_place<Op>(from, s); };
+    held = pack(from, to, stride, missing, [&](int64_t sample, int64_t head, Range keys) {
       const Sample& s = samples_[sample];
       T* out = to[sample].get() + (head * s.all[0].end + keys.begin) * stride;
       for (int64_t k = keys.begin; k < keys.end; ++k, out += stride) {
@@ -58,31 +67,16 @@ template <typename T> int64_t Engine<T>::pack_keys(bool student) {
   return held;
 }
 
-// The keys of the chunk's samples as pairs of neighbouring keys, [key_heads, keys / 2, stride].
+// The student's keys as pairs of neighbouring keys, [key_heads, keys / 2, stride].
 template <typename T> void Engine<T>::pack_key_pairs() {
   if (!(call_.wanted & kWantQ)) return;
   with_product(call_.student, [&](auto op) {
     using Op = decltype(op);
     if constexpr (Op::pairs) {
       const FaSide& from = call_.student;
-      const int64_t size = words<Op>(from), stride = packed_stride<T>(from.size), part = 256;
-      struct Item { int64_t sample, head; Range keys; };
-      std::vector<Item> items;
-      const int64_t low = blocks_[chunk_.blocks.begin].sample;
-      const int64_t high = blocks_[chunk_.blocks.end - 1].sample;
-      for (int64_t i = 0; i < static_cast<int64_t>(samples_.size()); ++i) {
-        Buffer<T>& to = key_pairs_[i];
-        if (i < low || i > high) to.release();
-        else if (to.bytes() == 0) {
-          const int64_t keys = samples_[i].all[0].end;
-          to.reset(from.key_heads * keys / 2 * stride);
-          for (int64_t h = 0; h < from.key_heads; ++h)
-            for (int64_t k = 0; k < keys; k += part) items.push_back({i, h, {k, std::min(keys, k + part)}});
-        }
-      }
-      parallel(static_cast<int64_t>(items.size()), call_.threads, [](int64_t) { return 1; },
-               [&](int64_t i, int64_t) {
-        const auto& [sample, head, keys] = items[i];
+      const int64_t size = words<Op>(from), stride = packed_stride<T>(from.size);
+      auto missing = [](const Sample&) { return true; };
+      pack(from, key_pairs_, stride / 2, missing, [&](int64_t sample, int64_t head, Range keys) {
         const Sample& s = samples_[sample];
         auto* out = reinterpret_cast<BFloat16Pair*>(key_pairs_[sample].get()) +
                     (head * s.all[0].end + keys.begin) / 2 * stride;

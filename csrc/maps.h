@@ -200,6 +200,19 @@ void Engine<T>::head_maps(bool student, int64_t index, int64_t h, Scratch& scrat
   if (call_.in_logs && style(student) == kMean && h + 1 == from.heads) finish_logs<NV>(student, index, sums);
 }
 
+// f(first column, last, the strip's factors): the block's columns, cut where the strips of keys end.
+template <typename T>
+template <typename F>
+void Engine<T>::each_column_strip(const Block& block, const T* factors, F f) const {
+  const int32_t* key = samples_[block.sample].key_of_column.data() + block.columns.begin;
+  const int64_t columns = block.columns.size();
+  for (int64_t c = 0; c < columns;) {
+    const int64_t first = c, strip = key[c] / kStep;
+    while (c < columns && key[c] / kStep == strip) ++c;
+    f(first, c, factors + (strip - block.first_strip()) * block.lanes);
+  }
+}
+
 // Adds one head to the maps; `s` holds its exponentials or scores, `sum` the sums beside running maxima.
 template <typename T>
 template <int NV>
@@ -235,14 +248,10 @@ void Engine<T>::absorb(bool student, int64_t index, int64_t head, const T* s, co
   const T share = how == kMean ? T(1) / T(from.heads) : T(1);
   const bool exponentiated = keeps_exponentials(from), softmax = call_.normalize != kScores;
   auto add = [&](auto value) {
-    Vec<T> scale[NV];
-    for (int v = 0; v < NV; ++v) scale[v] = all<T>(share);
-    for (int64_t c = 0; c < columns;) {
-      const int64_t strip = key[first + c] / kStep, end = (strip + 1) * kStep;
-      const T* factors = strip_factors(s, index) + (strip - block.first_strip()) * lanes;
-      if (exponentiated)
-        for (int v = 0; v < NV; ++v) scale[v] = load(factors + v * W) * share;
-      for (; c < columns && key[first + c] < end; ++c)
+    each_column_strip(block, strip_factors(s, index), [&](int64_t c, int64_t end, const T* factors) {
+      Vec<T> scale[NV];
+      for (int v = 0; v < NV; ++v) scale[v] = exponentiated ? load(factors + v * W) * share : all<T>(share);
+      for (; c < end; ++c)
         for (int v = 0; v < NV; ++v) {
           const Vec<T> p = value(load(line(c) + v * W), v) * scale[v];
           if (how != kMix) {
@@ -256,7 +265,7 @@ void Engine<T>::absorb(bool student, int64_t index, int64_t head, const T* s, co
             store(a, starts ? p * mix[g] : load(a) + p * mix[g]);
           }
         }
-    }
+    });
   };
   if (exponentiated || !softmax) add([](Vec<T> x, int) { return x; });
   else add([&](Vec<T> x, int v) { return exp<T>(x - lse[v]); });
