@@ -7,18 +7,16 @@ no map of heads x rows x columns is held, whatever the length.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.contract import Forward
 from ..maths import cosine
+from ..models.forward import layer_forward
 from ..models.layer import LayerState
 from ..models.visibility import same_visibility
-from ..registry import backend_for
 from ..spec import AlignSpec
-from ..validate import build_problem
 
 #: cosine of the joint maps cut to the columns; KL(teacher || student) and Jensen-Shannon (nats) of the
 #: distributions over the columns.
@@ -87,12 +85,12 @@ def column_mass(state: LayerState, positions: Tensor, columns: Tensor) -> Tensor
 
     A head's share is exp(LSE over the columns - LSE over all visible keys); 0 where none is seen.
     """
+    if state.sinks is not None:  # they join the denominator of the softmax over the columns, too
+        raise ValueError("the layer has attention sinks; allowed: layers without")
     everywhere = _run(state, None, positions, columns, _JOINT)
     inside = _run(state, None, positions, columns, _INSIDE)
     share = (inside.lse_s - everywhere.lse_s).exp().mean(1)
     seen = (inside.entries > 0) & (positions >= 0)
-    if state.sinks is not None:  # they join the denominator of the softmax over the columns, too
-        raise ValueError("the layer has attention sinks; allowed: layers without")
     return torch.where(seen, share, 0.0)
 
 
@@ -119,48 +117,13 @@ def _run(
     spec: AlignSpec,
 ) -> Forward:
     """The backend's statistics; without a teacher, against a layer whose scores are all 0."""
-    seen = student.visibility
     if teacher is None:
-        nothing = student.q.new_zeros(student.q.shape[0], 1, student.q.shape[2], 1)
-        keys = student.k.new_zeros(student.k.shape[0], 1, student.k.shape[2], 1)
-        theirs: dict[str, Any] = {
-            "q_t": nothing,
-            "k_t": keys,
-            "scale_t": 1.0,
-            "softcap_t": None,
-            "sink_t": None,
-        }
-    else:
-        theirs = {
-            "q_t": teacher.q,
-            "k_t": teacher.k,
-            "scale_t": teacher.scale,
-            "softcap_t": teacher.softcap,
-            "sink_t": teacher.sinks,
-        }
-    problem = build_problem(
-        q_s=student.q,
-        k_s=student.k,
-        target=None,
-        target_index=None,
-        visual_mask=columns,
-        query_mask=None,
-        attention_mask=seen.segments >= 0,
-        spec=spec,
-        causal=seen.causal,
-        scale_s=student.scale,
-        lse_s=None,
-        lse_t=None,
-        mix=None,
-        row_weight=None,
-        query_positions=positions,
-        segment_ids=seen.segments,
-        block_ids=seen.blocks,
-        window=seen.window or None,
-        chunk=None,
-        softcap_s=student.softcap,
-        sink_s=student.sinks,
-        **theirs,
-    )
-    found: Forward = backend_for("auto", problem).forward(problem)
-    return found
+        teacher = LayerState(
+            q=student.q.new_zeros(student.q.shape[0], 1, student.q.shape[2], 1),
+            k=student.k.new_zeros(student.k.shape[0], 1, student.k.shape[2], 1),
+            scale=1.0,
+            softcap=None,
+            sinks=None,
+            visibility=student.visibility,
+        )
+    return layer_forward(student, positions, columns, spec, teacher=teacher)

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..registry import backend_for
 from ..spec import AlignSpec
-from ..validate import build_problem
+from .forward import layer_forward
 from .layer import LayerState, row_masses
 from .observe import observe
 from .tokens import Inputs, RowChoice, Rows, Tokens
@@ -57,36 +56,18 @@ def attention_received(
 
 def received(state: LayerState, choice: RowChoice, columns: Tensor) -> Tensor:
     """[B, C] of one layer: its map pooled over the rows, as the backend pools it for a loss."""
-    seen, width = state.visibility, int(columns.sum(-1).max())
-    problem = build_problem(
-        q_s=state.q,
-        k_s=state.k,
-        q_t=None,
-        k_t=None,
-        target=state.q.new_zeros((state.q.shape[0], 1, width), dtype=torch.float32),
-        target_index=None,
-        visual_mask=columns,
-        query_mask=None,
-        attention_mask=seen.segments >= 0,
-        spec=_POOLED,
-        causal=seen.causal,
-        scale_s=state.scale,
-        scale_t=None,
-        lse_s=None,
-        lse_t=None,
-        mix=None,
+    width = int(columns.sum(-1).max())
+    nothing = state.q.new_zeros((state.q.shape[0], 1, width), dtype=torch.float32)
+    found = layer_forward(
+        state,
+        choice.positions,
+        columns,
+        _POOLED,
+        backend="tiled",
+        target=nothing,
         row_weight=choice.weight,
-        query_positions=choice.positions,
-        segment_ids=seen.segments,
-        block_ids=seen.blocks,
-        window=seen.window or None,
-        chunk=None,
-        softcap_s=state.softcap,
-        softcap_t=None,
-        sink_s=state.sinks,
-        sink_t=None,
     )
-    pooled: Tensor = backend_for("tiled", problem).forward(problem).pooled[0, :, 0]  # [B, L]
+    pooled = found.pooled[0, :, 0]  # [B, L]
     out = pooled.new_zeros(pooled.shape[0], width)
     for b, at in enumerate(columns):
         out[b, : int(at.sum())] = pooled[b, at]
