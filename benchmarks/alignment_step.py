@@ -21,57 +21,35 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
+from benchmarks.llava import IMAGE, build_llava
+from benchmarks.memory import peak_bytes
 from fastalign.models import AttentionAlignment
 
-IMAGE, VOCABULARY, PATCHES = 5, 64, 256
-LAYERS, HEADS, HEAD_SIZE = 4, 16, 64
+VOCABULARY, PATCHES = 64, 256
+LAYERS, HEADS = 4, 16
 
 
 def build(seed: int, tokens: int) -> Any:
     """A random LLaVA whose images take 256 tokens each."""
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
-
-    torch.manual_seed(seed)
-    text = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HEADS * HEAD_SIZE,
-        intermediate_size=2816,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=tokens,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
+    return build_llava(
+        seed,
+        tokens,
+        layers=LAYERS,
+        heads=HEADS,
+        intermediate=2816,
+        vocabulary=VOCABULARY,
         image_size=64,
-        patch_size=4,
+        patches=PATCHES,
     )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE,
-        image_seq_length=PATCHES,
-        vision_feature_layer=-1,
-    )
-    return LlavaForConditionalGeneration(config)
 
 
 def batch(tokens: int, response: int) -> dict[str, Tensor]:
@@ -83,17 +61,6 @@ def batch(tokens: int, response: int) -> dict[str, Tensor]:
     labels[0, -response:] = ids[0, -response:]
     pixels = torch.randn(images, 3, 64, 64)
     return {"input_ids": ids, "labels": labels, "pixel_values": pixels, "use_cache": False}  # type: ignore[dict-item]
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most bytes that ``run`` had allocated at once, beyond what was there before."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        run()
-    assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()
-    records = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    return int(max(accumulate((e.nbytes() for e in records), initial=0)))
 
 
 COLUMNS = (

@@ -32,13 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.alignment_step import peak_bytes
+from benchmarks.llava import HEAD_SIZE, IMAGE, build_llava
+from benchmarks.memory import peak_bytes
 from fastalign.distill import logit_kd_loss
 from fastalign.models import AttentionAlignment, match_layers
 
 METHODS = ("kd", "eager", "fastalign", "paper")
-IMAGE, VOCABULARY, PATCHES, TEXT, ANSWER = 5, 512, 64, 256, 64
-HEAD_SIZE = 64
+VOCABULARY, PATCHES, TEXT, ANSWER = 512, 64, 256, 64
 TEACHER, STUDENT = (5, 5), (3, 4)
 """(layers, heads)"""
 COLUMNS = ("visual", "length", "method", "cpu_s", "peak_mib", "rounds", "torch", "note")
@@ -46,39 +46,16 @@ COLUMNS = ("visual", "length", "method", "cpu_s", "peak_mib", "rounds", "torch",
 
 def build(seed: int, layers: int, heads: int, length: int) -> Any:
     """A random LLaVA whose images take 64 tokens each."""
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
-
-    torch.manual_seed(seed)
-    text = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=heads * HEAD_SIZE,
-        intermediate_size=3 * heads * HEAD_SIZE,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=length,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
+    return build_llava(
+        seed,
+        length,
+        layers=layers,
+        heads=heads,
+        intermediate=3 * heads * HEAD_SIZE,
+        vocabulary=VOCABULARY,
         image_size=32,
-        patch_size=4,
+        patches=PATCHES,
     )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE,
-        image_seq_length=PATCHES,
-        vision_feature_layer=-1,
-    )
-    return LlavaForConditionalGeneration(config)
 
 
 def make_batch(visual: int) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
         event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
     ]
     records.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in records), initial=0))  # type: ignore[no-any-return]
+    return int(max(accumulate((event.nbytes() for event in records), initial=0)))
 
 
 def step_bytes(run: Callable[[], object], device: str = "cpu") -> int:

@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
+from benchmarks.memory import peak_bytes
 from fastalign import AlignSpec, fused_attn_align_loss
-
-from ..memory import peak_bytes
 
 L, ROWS, COLUMNS, D = 4400, 250, 4096, 64
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.memory import peak_bytes
 from fastalign.distill import fused as fused_module
 from fastalign.distill import fused_linear_losses
 from fastalign.distill.divergences import DIVERGENCES
 from fastalign.distill.losses import kd_sum, lm_sum
-
-from ..memory import peak_bytes
 
 
 def problem(n: int = 7, v_s: int = 13, v_t: int = 13, dtype: torch.dtype = torch.float64):  # type: ignore[no-untyped-def]

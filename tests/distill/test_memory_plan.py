@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.memory import peak_bytes
 from fastalign.distill.config import DistillConfig
 from fastalign.distill.data.collate import Collator
 from fastalign.distill.loading import choose_trained
@@ -16,7 +17,6 @@ from fastalign.distill.memory.render import parse_size
 from fastalign.distill.recipe import Recipe, recipe_from_plain
 from fastalign.distill.run import training_arguments
 from fastalign.distill.trainer import DistillTrainer
-from tests.memory import peak_bytes
 
 IMAGE, PATCHES, WORDS = 5, 64, 512
 
