@@ -82,11 +82,17 @@ def stage_folders(recipe: Recipe) -> list[str]:
 def leave_processes() -> None:
     """Part from the other processes of a finished run, all at once.
 
-    A process that ends while its connections live may be aborted by their threads: a failure after success.
+    A process must not end while a thread of gloo still lets go of the last collective's tensors: that takes
+    the interpreter's lock, and a thread that asks a dying interpreter for it aborts the process. So the last
+    word is one that gloo speaks in the calling thread, monitored_barrier; by then the threads are done.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_backend() == "gloo":
+        torch.distributed.monitored_barrier()
+    else:
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 def is_main() -> bool:
