@@ -5,14 +5,32 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used; the message names the entry, what came and what is allowed."""
+    """A recipe that cannot be used; the message names the entry, what came and what is allowed.
+
+    Attributes:
+        problems: one message for each entry that is wrong; a line each of the error's text.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@contextmanager
+def collected(problems: list[str]) -> Iterator[None]:
+    """A ``RecipeError`` inside ends the block and adds its problems to the list."""
+    try:
+        yield
+    except RecipeError as error:
+        problems.extend(error.problems)
 
 
 def from_plain(cls: type[T], values: Any, where: str) -> T:
@@ -23,29 +41,44 @@ def from_plain(cls: type[T], values: Any, where: str) -> T:
     Raises:
         RecipeError: an unknown or missing entry, a value of another type.
     """
-    if not isinstance(values, Mapping):
-        raise RecipeError(f"{where} is {_shown(values)}; allowed: a mapping")
-    hints = typing.get_type_hints(cls)
+    given, problems = read_entries(cls, values, where)
     fields = {f.name: f for f in dataclasses.fields(cast(Any, cls)) if f.init}
-    unknown = [name for name in values if name not in fields]
-    if unknown:
-        raise RecipeError(f"{where} has an entry {unknown[0]!r}; allowed: {', '.join(fields)}")
-    given = {
-        name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()
-    }
     for name, field in fields.items():
         has_default = (
             field.default is not dataclasses.MISSING
             or field.default_factory is not dataclasses.MISSING
         )
-        if name not in given and not has_default:
-            raise RecipeError(f"{where} lacks {name!r}; allowed entries: {', '.join(fields)}")
+        if name not in values and not has_default:
+            problems.append(f"{where} lacks {name!r}; allowed entries: {', '.join(fields)}")
+    if problems:
+        raise RecipeError(*problems)
     try:
         return cls(**given)
     except RecipeError:
         raise
     except ValueError as error:
         raise RecipeError(f"{where}: {error}") from None
+
+
+def read_entries(cls: type, values: Any, where: str) -> tuple[dict[str, Any], list[str]]:
+    """The entries of the dataclass ``cls`` that can be read, and what is wrong with the others.
+
+    Raises:
+        RecipeError: ``values`` is no mapping.
+    """
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"{where} is {_shown(values)}; allowed: a mapping")
+    hints = typing.get_type_hints(cls)
+    allowed = [f.name for f in dataclasses.fields(cls) if f.init]
+    problems: list[str] = []
+    given = {}
+    for name, value in values.items():
+        if name not in allowed:
+            problems.append(f"{where} has an entry {name!r}; allowed: {', '.join(allowed)}")
+            continue
+        with collected(problems):
+            given[name] = _convert(hints[name], value, f"{where}.{name}")
+    return given, problems
 
 
 def to_plain(value: Any) -> Any:
@@ -84,7 +117,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
             raise RecipeError(f"{where} is {_shown(value)}; allowed: a list")
-        converted = [_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
+        problems: list[str] = []
+        converted = []
+        for i, v in enumerate(value):
+            with collected(problems):
+                converted.append(_convert(arguments[0], v, f"{where}[{i}]"))
+        if problems:
+            raise RecipeError(*problems)
         return tuple(converted) if origin is tuple else converted
     if origin is dict:
         if not isinstance(value, Mapping):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .plain import RecipeError, from_plain, to_plain
+from .plain import RecipeError, collected, from_plain, read_entries, to_plain
 from .stages import Data, Stage, stage_from_plain
 
 
@@ -71,21 +71,27 @@ def recipe_from_plain(values: Any, folder: Path = Path(".")) -> Recipe:
     """
     if not isinstance(values, dict):
         raise RecipeError(f"the recipe is a {type(values).__name__}; allowed: a mapping")
-    unknown = [name for name in values if name not in _KEYS]
-    if unknown:
-        raise RecipeError(f"the recipe has an entry {unknown[0]!r}; allowed: {', '.join(_KEYS)}")
-    rest = {name: value for name, value in values.items() if name not in ("stages", "defaults")}
-    stages = values.get("stages")
+    problems = [
+        f"the recipe has an entry {name!r}; allowed: {', '.join(_KEYS)}"
+        for name in values
+        if name not in _KEYS
+    ]
+    rest = {name: values[name] for name in _KEYS if name in values}
+    stages, defaults = rest.pop("stages", None), rest.pop("defaults", None) or {}
+    with collected(problems):
+        recipe = from_plain(Recipe, {**rest, "stages": [], "folder": str(folder)}, "recipe")
+    with collected(problems):
+        defaults = _readable(defaults, problems)
+    read = []
     if not isinstance(stages, list) or not stages:
-        raise RecipeError("stages is not a list of at least one stage")
-    defaults = values.get("defaults") or {}
-    if not isinstance(defaults, dict):
-        raise RecipeError(f"defaults is {defaults!r}; allowed: a mapping")
-    read = tuple(
-        stage_from_plain(stage, defaults, f"stages[{i}]") for i, stage in enumerate(stages)
-    )
-    recipe = from_plain(Recipe, {**rest, "stages": [], "folder": str(folder)}, "recipe")
-    recipe = replace(recipe, stages=read)
+        problems.append("stages is not a list of at least one stage")
+    elif isinstance(defaults, dict):
+        for i, stage in enumerate(stages):
+            with collected(problems):
+                read.append(stage_from_plain(stage, defaults, f"stages[{i}]"))
+    if problems:
+        raise RecipeError(*problems)
+    recipe = replace(recipe, stages=tuple(read))
     names = [stage.name for stage in read]
     for name in names:
         if names.count(name) > 1:
@@ -96,6 +102,18 @@ def recipe_from_plain(values: Any, folder: Path = Path(".")) -> Recipe:
         if stage.data is None and recipe.data is None:
             raise RecipeError(f"stages[{i}] has no data and the recipe has none; allowed: either")
     return recipe
+
+
+def _readable(defaults: Any, problems: list[str]) -> dict[str, Any]:
+    """The defaults without the entries that are wrong, so that no stage repeats what they are."""
+    if not isinstance(defaults, dict):
+        raise RecipeError(f"defaults is {defaults!r}; allowed: a mapping")
+    preset = {name: defaults[name] for name in ("preset",) if name in defaults}
+    given, wrong = read_entries(
+        Stage, {name: value for name, value in defaults.items() if name not in preset}, "defaults"
+    )
+    problems += wrong
+    return preset | {name: defaults[name] for name in given}
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -115,7 +133,7 @@ def load_recipe(path: Path) -> Recipe:
     try:
         return recipe_from_plain(values, path.parent)
     except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from None
+        raise RecipeError(*(f"{path}: {problem}" for problem in error.problems)) from None
 
 
 def recipe_to_plain(recipe: Recipe) -> dict[str, Any]:
