@@ -42,9 +42,9 @@ struct Strides {
   int64_t a_k, b_k, c_m;
 };
 
-template <typename Op, int MR, int NV, typename Start>
+template <typename Op, int MR, int NV, typename Start, typename Finish>
 inline void tile(const Stretch<typename Op::Element>* stretches, int64_t count, int64_t row, int64_t b_at,
-                 const Strides& s, typename Op::Real* c, Start start) {
+                 const Strides& s, typename Op::Real* c, Start start, Finish finish) {
   using T = typename Op::Real;
   using Element = typename Op::Element;
   constexpr int W = kWidth<T>;
@@ -72,7 +72,7 @@ inline void tile(const Stretch<typename Op::Element>* stretches, int64_t count, 
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) store(c + m * s.c_m + n * W, sum[m][n]);
+    for (int n = 0; n < NV; ++n) store(c + m * s.c_m + n * W, finish(sum[m][n], n));
 }
 
 // Asks for `count` elements before they are needed; an address past the end of an array does no harm.
@@ -83,28 +83,35 @@ template <typename Element> inline void prefetch(const Element* p, int64_t count
 }
 
 // `rows` rows of C, NV vectors wide: full tiles, then the rest in halves.
-template <typename Op, int MR, int NV, typename Start>
+template <typename Op, int MR, int NV, typename Start, typename Finish>
 inline void strip(const Stretch<typename Op::Element>* stretches, int64_t count, int64_t b_at,
-                  const Strides& s, typename Op::Real* c, int64_t rows, int64_t m, Start start) {
+                  const Strides& s, typename Op::Real* c, int64_t rows, int64_t m, Start start,
+                  Finish finish) {
   for (; m + MR <= rows; m += MR) {
     if (s.a_k == 1 && count == 1)  // rows of A used once, as the scores' keys: the next tile's
       for (int64_t next = m + MR; next < std::min<int64_t>(rows, m + 2 * MR); ++next) {
         prefetch(stretches->a + next * stretches->a_one, stretches->length);
         prefetch(c + next * s.c_m, NV * kWidth<typename Op::Real>);
       }
-    tile<Op, MR, NV>(stretches, count, m, b_at, s, c + m * s.c_m, start);
+    tile<Op, MR, NV>(stretches, count, m, b_at, s, c + m * s.c_m, start, finish);
   }
   if constexpr (MR > 1)
-    if (m < rows) strip<Op, MR / 2, NV>(stretches, count, b_at, s, c, rows, m, start);
+    if (m < rows) strip<Op, MR / 2, NV>(stretches, count, b_at, s, c, rows, m, start, finish);
 }
 
-// C [rows, NV vectors] (+)= the sum over all stretches.
+// C [rows, NV vectors] (+)= the sum over all stretches; each vector of column n passes through
+// finish(sum, n) before it is stored.
+template <typename Op, int NV, bool kAdd, typename Finish>
+inline void multiply(const Stretch<typename Op::Element>* stretches, int64_t count, const Strides& s,
+                     typename Op::Real* c, int64_t rows, int64_t b_at, Finish finish) {
+  using T = typename Op::Real;
+  auto start = [](const T* p) { if constexpr (kAdd) return load(p); else return (void)p, Vec<T>{}; };
+  strip<Op, kTileRows<NV>, NV>(stretches, count, b_at, s, c, rows, 0, start, finish);
+}
 template <typename Op, int NV, bool kAdd>
 inline void multiply(const Stretch<typename Op::Element>* stretches, int64_t count, const Strides& s,
                      typename Op::Real* c, int64_t rows, int64_t b_at = 0) {
-  using T = typename Op::Real;
-  auto start = [](const T* p) { if constexpr (kAdd) return load(p); else return (void)p, Vec<T>{}; };
-  strip<Op, kTileRows<NV>, NV>(stretches, count, b_at, s, c, rows, 0, start);
+  multiply<Op, NV, kAdd>(stretches, count, s, c, rows, b_at, [](auto sum, int) { return sum; });
 }
 
 }  // namespace fastalign::FASTALIGN_ISA

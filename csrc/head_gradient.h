@@ -323,6 +323,8 @@ void Engine<T>::key_gradient(const Pass& pass, Range heads, Range part, Range ke
       if (d == 0)
         for (int64_t i = begin[n + 1]; n + 1 < granules && i < begin[n + 2]; ++i)
           prefetch(stretches[i].a, kGranule / 2 * stretches[i].a_two);
+      if (!kFresh && d == 0 && n + 1 < granules)
+        for (int64_t k = (n + 1) * kGranule; k < (n + 2) * kGranule; ++k) prefetch(tile + k * apart, padded);
       multiply<Op, decltype(nv)::value, !kFresh>(stretches + begin[n], begin[n + 1] - begin[n],
                                               {1, stride, apart}, tile + n * kGranule * apart + d, kGranule,
                                               d);

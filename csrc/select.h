@@ -180,11 +180,14 @@ inline void cut_blocks(const Sample& s, int64_t sample, int64_t width, int64_t v
   auto at = [](const std::vector<int32_t>& sorted, int64_t value) {
     return std::lower_bound(sorted.begin(), sorted.end(), value) - sorted.begin();
   };
-  for (int64_t first = 0; first < rows; first += vectors * width) {
+  // As few blocks as can be, of equal numbers of vectors but for one: narrow blocks multiply slowly.
+  const int64_t total = round_up(rows, width) / width, count = round_up(total, vectors) / vectors;
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t first = n * total / count * width, next = (n + 1) * total / count * width;
     Block block{};
     block.sample = sample;
     block.first = first;
-    block.live = std::min(vectors * width, rows - first);
+    block.live = std::min(next, rows) - first;
     block.lanes = round_up(block.live, width);
     const auto low = *std::min_element(&s.low[first], &s.low[first] + block.live);
     const auto high = *std::max_element(&s.high[first], &s.high[first] + block.live);

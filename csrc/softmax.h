@@ -44,15 +44,21 @@ void score_strip(Rows<typename Op::Element> keys, int64_t end, const typename Op
   constexpr int W = kWidth<T>, lanes = NV * W;
   const Stretch<typename Op::Element> stretch{keys.first + strip.begin * keys.stride, queries, words,
                                               keys.stride, 2 * keys.stride};
-  multiply<Op, NV, false>(&stretch, 1, {1, lanes, lanes}, s, std::min(strip.end, end) - strip.begin);
+  const int64_t live = std::min(strip.end, end) - strip.begin;
+  for (int v = 0; v < NV; ++v) top[v] = all<T>(-kInfinity<T>);
+  multiply<Op, NV, false>(&stretch, 1, {1, lanes, lanes}, s, live, 0, [&](Vec<T> x, int v) {
+    if constexpr (Op::pairs) x *= factor;
+    if (cap.inside != 0) x = cap.outside * tanh<T>(x * cap.inside);
+    top[v] = max<T>(top[v], x);
+    return x;
+  });
+  if (live == strip.size() && std::all_of(seen, seen + live, [](uint64_t bits) { return ~bits == 0; }))
+    return;
   for (int v = 0; v < NV; ++v) top[v] = all<T>(-kInfinity<T>);
   for (int64_t j = 0; j < strip.size(); ++j, s += lanes)
     for (int v = 0; v < NV; ++v) {
-      Vec<T> x = load(s + v * W);
-      if constexpr (Op::pairs) x *= factor;
-      if (cap.inside != 0) x = cap.outside * tanh<T>(x * cap.inside);
-      if (~seen[j]) x = where_seen<T>(seen[j], v, x, hidden);
-      if (Op::pairs || cap.inside != 0 || ~seen[j]) store(s + v * W, x);
+      const Vec<T> x = where_seen<T>(seen[j], v, load(s + v * W), hidden);
+      if (~seen[j]) store(s + v * W, x);
       top[v] = max<T>(top[v], x);
     }
 }
