@@ -165,9 +165,15 @@ def make_trainer(
     student: Any,
     teacher: Any,
     processor: Any,
+    dataset: Any = None,
     **changes: Any,
 ) -> DistillTrainer:
-    """The trainer of a stage; ``student`` may come back wrapped by PEFT as ``trainer.model``."""
+    """The trainer of a stage; ``student`` may come back wrapped by PEFT as ``trainer.model``.
+
+    Args:
+        dataset: None: the stage's.
+        changes: of its ``training_arguments``.
+    """
     torch.manual_seed(recipe.seed)  # LoRA's and projections' initial weights
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = training_arguments(recipe, stage, folder, processes, **changes)
@@ -180,7 +186,7 @@ def make_trainer(
         choose_trained(student, stage),
         arguments,
         teacher if stage.losses.needs_teacher else None,
-        train_dataset=load_data(recipe, stage, processor),
+        train_dataset=load_data(recipe, stage, processor) if dataset is None else dataset,
         data_collator=Collator(tokenizer.pad_token_id, "right"),
     )
 
@@ -208,22 +214,34 @@ def _run_stage(
 
 def _claim(recipe: Recipe, output: Path, resume: bool) -> None:
     """The run's folder belongs to one recipe; one process decides (its failure ends the others)."""
-    if not is_main():
-        return
-    path = output / "recipe.json"
-    plain = json.loads(json.dumps(recipe_to_plain(recipe)))
-    if path.exists():
-        if not resume:
-            raise RecipeError(
-                f"output: {output} holds a run already; allowed: --resume, or another folder"
-            )
-        if json.loads(path.read_text()) != plain:
-            raise RecipeError(
-                f"output: {output} holds a run of another recipe; allowed: the recipe in {path}"
-            )
-    else:
+    if is_main() and not claimed(recipe, output, resume=resume):
         output.mkdir(parents=True, exist_ok=True)
-        _write_json(path, plain)
+        _write_json(output / "recipe.json", _settings(recipe))
+
+
+def claimed(recipe: Recipe, output: Path, *, resume: bool) -> bool:
+    """Whether the folder holds a run of this recipe, to be resumed.
+
+    Raises:
+        RecipeError: it holds one and resume is False, or one of another recipe.
+    """
+    path = output / "recipe.json"
+    if not path.exists():
+        return False
+    if not resume:
+        raise RecipeError(
+            f"output: {output} holds a run already; allowed: --resume, or another folder"
+        )
+    if json.loads(path.read_text()) != _settings(recipe):
+        raise RecipeError(
+            f"output: {output} holds a run of another recipe; allowed: the recipe in {path}"
+        )
+    return True
+
+
+def _settings(recipe: Recipe) -> Any:
+    """The recipe as its json gives it back."""
+    return json.loads(json.dumps(recipe_to_plain(recipe)))
 
 
 def _write_json(path: Path, values: Any) -> None:
