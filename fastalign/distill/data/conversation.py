@@ -71,6 +71,10 @@ class Encoder:
             SampleError: too long for its images or its first answer.
             TemplateError: the template does not render answers behind their prompts.
         """
+        return self.cut(self.whole(record, images), record.where)
+
+    def whole(self, record: Record, images: list[Any]) -> dict[str, Any]:
+        """The same before it is cut to ``max_length``."""
         text, spans = self._render(record)
         bos = self.tokenizer.bos_token
         arguments: dict[str, Any] = {"text": [text]}
@@ -96,7 +100,7 @@ class Encoder:
         item = {name: _single(value, len(ids)) for name, value in out.items()}
         item["labels"] = labels
         item["input_ids"] = ids
-        return self._cut(item, record.where)
+        return item
 
     def _render(self, record: Record) -> tuple[str, list[tuple[int, int]]]:
         """The whole text and the answers' places in it."""
@@ -124,7 +128,12 @@ class Encoder:
         )
         return text
 
-    def _cut(self, item: dict[str, Any], where: str) -> dict[str, Any]:
+    def cut(self, item: dict[str, Any], where: str) -> dict[str, Any]:
+        """A whole sample without what lies behind ``max_length``.
+
+        Raises:
+            SampleError: too long for its images or its first answer.
+        """
         length, most = len(item["input_ids"]), self.max_length
         if length > most:
             image = self.tokenizer.convert_tokens_to_ids(self.image_token)

@@ -59,11 +59,18 @@ class ConversationDataset:
             SampleError: it cannot be used.
         """
         record = self.record(index)
-        images = [
+        return self.encoder.encode(record, self.images(record))
+
+    def images(self, record: Record) -> list[Any]:
+        """Its images, decoded.
+
+        Raises:
+            SampleError: one cannot be.
+        """
+        return [
             load_image(image, self.image_root, record.where, self.max_pixels)
             for image in record.images
         ]
-        return self.encoder.encode(record, images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         skipped: list[str] = []
