@@ -20,10 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Look:
-    """How one model looked at an image while it answered: ``weights`` [rows, columns] >= 0."""
+    """How one model looked at an image while it answered.
+
+    Attributes:
+        weights: [rows, columns] >= 0.
+        cosine: its similarity with the teacher's look, printed with the title; None: not known.
+    """
 
     title: str
     weights: NDArray[np.floating]
+    cosine: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,8 @@ def attention_figure(examples: Sequence[Example], *, caption: str = "") -> Figur
         axes[0].set_title(_wrapped(example.question), fontsize=9)
         for axis, look in zip(axes[1:], example.looks, strict=False):
             axis.imshow(overlay(example.image, look.weights))
-            axis.set_title(look.title, fontsize=9)
+            cosine = "" if look.cosine is None else f"\ncosine {look.cosine:.3f}"
+            axis.set_title(look.title + cosine, fontsize=9)
     if caption:
         figure.suptitle(caption, fontsize=9)
     return figure

@@ -45,7 +45,10 @@ def write_report(
     )
     if examples:
         page.heading("Examples")
-        page.note("Attention to the image while answering: mean of heads and layers.")
+        page.note(
+            "Attention to the image while answering: mean of heads, answer rows and matched layers. The "
+            "cosine is the mean over these layers and rows."
+        )
         picture(
             "examples",
             lambda: attention_figure(examples),

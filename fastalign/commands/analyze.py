@@ -65,7 +65,7 @@ def analyze(
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     from ..analysis.mixing import Mix
-    from ..analysis.run import Plan, analyse
+    from ..analyze import Plan, analyse
 
     try:
         mixes = [

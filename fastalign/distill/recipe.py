@@ -41,6 +41,7 @@ class Recipe:
         output: the run's folder: one folder a stage, ``final`` the student, ``summary.json``.
         cpu: run on the CPU even where there is a GPU.
         threads: of torch on a CPU; None: torch's own choice.
+        pictures: samples whose attention is drawn when a stage ends; 0: none.
     """
 
     models: Models
@@ -50,7 +51,12 @@ class Recipe:
     seed: int = 0
     cpu: bool = False
     threads: int | None = None
+    pictures: int = 4
     folder: str = field(default=".", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.pictures < 0:
+            raise ValueError(f"pictures is {self.pictures}; allowed: at least 0")
 
     def data_of(self, stage: Stage) -> Data:
         data = stage.data or self.data
@@ -58,7 +64,7 @@ class Recipe:
         return data
 
 
-_KEYS = ("models", "output", "data", "seed", "cpu", "threads", "defaults", "stages")
+_KEYS = ("models", "output", "data", "seed", "cpu", "threads", "pictures", "defaults", "stages")
 
 
 def recipe_from_plain(values: Any, folder: Path = Path(".")) -> Recipe:

@@ -62,19 +62,22 @@ def last_losses(log: Iterable[dict[str, float]]) -> dict[str, float]:
     return {k: v for k, v in entries[-1].items() if k != "step"} if entries else {}
 
 
-def write_curves(log: Iterable[dict[str, float]], path: Path) -> None:
-    """The losses over the steps as a picture, where matplotlib is installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return  # an extra of its own; the numbers are in stage.json
+def write_curves(log: Iterable[dict[str, float]], path: Path) -> bool:
+    """The losses over the steps as a picture; False: fewer than two entries, no picture."""
     from ..analysis.pictures import curves_figure, save_figure
 
     entries = loss_history(log)
     names = [name for name in (entries[0] if entries else {}) if name != "step"]
     curves = {name: [entry.get(name, float("nan")) for entry in entries] for name in names}
-    if len(entries) > 1:
-        save_figure(curves_figure(curves, x=[int(entry["step"]) for entry in entries]), path)
+    if len(entries) < 2:
+        return False
+    save_figure(curves_figure(curves, x=[int(entry["step"]) for entry in entries]), path)
+    return True
+
+
+def pictures_of(summaries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The stages' pictures, paths in the run's folder (stages of older runs have none noted)."""
+    return [name for summary in summaries for name in summary.get("pictures", [])]
 
 
 def model_card(recipe: Recipe, summaries: list[dict[str, Any]]) -> str:
@@ -101,6 +104,9 @@ def model_card(recipe: Recipe, summaries: list[dict[str, Any]]) -> str:
             "The student reads the image through the teacher's projector (model type `llava_taf`). Load it "
             "with `import fastalign.distill.taf` and then `AutoModelForImageTextToText.from_pretrained`.",
         ]
+    pictures = [name.replace("/", "-") for name in pictures_of(summaries)]
+    if pictures:
+        lines += ["", *(f"![{name}]({name})" for name in pictures)]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
     plain = yaml.safe_dump(recipe_to_plain(recipe), sort_keys=False)
     return "\n".join(

@@ -13,6 +13,7 @@ import torch
 from .checkpoints import last_checkpoint, whole_folder
 from .config import DistillConfig
 from .data import Collator
+from .drawings import StageDrawings
 from .loading import (
     choose_trained,
     load_data,
@@ -23,7 +24,7 @@ from .loading import (
 )
 from .plain import RecipeError, to_plain
 from .recipe import Recipe, recipe_to_plain, resolve
-from .report import model_card, stage_summary, time_table, write_curves
+from .report import model_card, pictures_of, stage_summary, time_table
 from .stages import Stage
 from .trainer import DistillTrainer
 
@@ -63,13 +64,14 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> dic
             before = str((output / names[index - 1] / "final").resolve())
             student = load_model(recipe, before, recipe.models.student_dtype)
         say(f"{names[index]}: {_describe(stage)}")
-        summaries.append(_run_stage(recipe, stage, folder, student, teacher, processor))
+        summaries.append(_run_stage(recipe, stage, folder, student, teacher, processor, say))
         say(f"{names[index]}: {_outcome(summaries[-1])}\n{time_table(summaries[-1])}")
     summary = {"stages": summaries}
     if is_main():
         if not (output / "final").is_dir():
             with whole_folder(output / "final") as final:
                 _copy_model(output / names[-1] / "final", final)
+                _copy_pictures(output, summaries, final)
                 (final / "README.md").write_text(model_card(recipe, summaries))
         _write_json(output / "summary.json", summary)
     return summary
@@ -192,10 +194,18 @@ def make_trainer(
 
 
 def _run_stage(
-    recipe: Recipe, stage: Stage, folder: Path, student: Any, teacher: Any, processor: Any
+    recipe: Recipe,
+    stage: Stage,
+    folder: Path,
+    student: Any,
+    teacher: Any,
+    processor: Any,
+    say: Say,
 ) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     trainer = make_trainer(recipe, stage, folder, student, teacher, processor)
+    drawings = StageDrawings(recipe, stage, trainer, teacher)
+    drawings.look("student before")
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     summary = stage_summary(stage, trainer)
     trainer.accelerator.wait_for_everyone()
@@ -207,7 +217,11 @@ def _run_stage(
             model.save_pretrained(final)
             processor.save_pretrained(final)
             _write_json(final / "stage.json", summary)
-            write_curves(trainer.state.log_history, folder / "curves.png")
+        # All that a run is for lies on the disk now: a picture that cannot be drawn is told, not raised.
+        summary |= drawings.draw(model, folder)
+        _write_json(folder / "final" / "stage.json", summary)
+        for note in summary["picture_notes"]:
+            say(f"{folder.name}: {note}")
     trainer.accelerator.wait_for_everyone()
     return summary
 
@@ -254,6 +268,13 @@ def _copy_model(source: Path, target: Path) -> None:
     for path in source.iterdir():
         if path.name != "stage.json":
             (target / path.name).write_bytes(path.read_bytes())
+
+
+def _copy_pictures(output: Path, summaries: list[dict[str, Any]], final: Path) -> None:
+    """The stages' pictures beside the card that shows them, ``<stage's folder>-<name>.png``."""
+    for name in pictures_of(summaries):
+        if (output / name).is_file():
+            (final / name.replace("/", "-")).write_bytes((output / name).read_bytes())
 
 
 def _describe(stage: Stage) -> str:

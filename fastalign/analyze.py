@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..distill.data import Collator
-from ..distill.data.conversation import Encoder
-from ..distill.data.dataset import ConversationDataset
-from ..distill.data.images import load_image
-from ..distill.data.records import MARKER, read_records
-from .batches import NOT_INPUTS, answered, move
-from .measure import Measurement
-from .mixing import Mix, mixed_forward
-from .overlays import example
-from .pictures import Example
-from .report import write_report
+from .analysis.batches import NOT_INPUTS, answered, move
+from .analysis.measure import Measurement
+from .analysis.mixing import Mix, mixed_forward
+from .analysis.overlays import example
+from .analysis.pictures import Example
+from .analysis.report import write_report
+from .distill.data import Collator
+from .distill.data.conversation import Encoder
+from .distill.data.dataset import ConversationDataset
+from .distill.data.records import read_records
+from .distill.data.show import samples_to_show
 
 Say = Callable[[str], None]
 
@@ -83,14 +83,14 @@ def analyse(plan: Plan, out: Path, say: Say = print) -> list[Path]:
         "layers": plan.layers,
         "mix_kind": plan.mixes[0].kind if plan.mixes else None,
     }
-    return write_report(out, summary, _examples(plan, models, data, collate, device, say))
+    return write_report(out, summary, _examples(plan, models, data, collate, say))
 
 
 def load(folder: str, device: torch.device) -> nn.Module:
     """A vision-language model from a folder or the hub, float32, in evaluation mode."""
     from transformers import AutoModelForImageTextToText
 
-    from ..distill import taf  # noqa: F401  (makes AutoModel know students with a fetched adapter)
+    from .distill import taf  # noqa: F401  (makes AutoModel know students with a fetched adapter)
 
     model: nn.Module = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     return model.eval().requires_grad_(False).to(device)
@@ -118,22 +118,13 @@ def _examples(
     models: Mapping[str, nn.Module],
     data: ConversationDataset,
     collate: Collator,
-    device: torch.device,
     say: Say,
 ) -> list[Example]:
-    """Evenly spread over the samples, not picked by hand."""
     found: list[Example] = []
-    count = min(plan.examples, len(data))
-    for number in range(count):
-        index = number * len(data) // count
-        record = data.record(index)
-        if len(record.images) != 1:
-            continue
-        image = load_image(record.images[0], data.image_root, record.where, data.max_pixels)
-        batch = move(collate([data.load(index)]), device)
-        question = record.turns[0][1].replace(MARKER, "").strip()
+    for shown in samples_to_show(data, plan.examples):
+        batch = collate([shown.item])
         try:
-            found.append(example(models, batch, image, question))
+            found.append(example(models, batch, shown.image, shown.question, plan.layers))
         except ValueError as error:
             say(f"no example pictures: {error}")
             break
