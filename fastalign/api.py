@@ -69,9 +69,10 @@ def fused_attn_align_loss(
             explicit backend is never replaced by another.
         causal: whether keys after the query are hidden. None: the recipe's own, True for nearly all.
         scale_s, scale_t: factor of q k^T. None: 1 / sqrt(D).
-        lse_s, lse_t: [B, H, R] natural log-sum-exp of each row's scores over every visible key, as an
-            attention kernel returns it; saves a sweep. It stands for a value of q and k: the gradient
-            is the same as without it. With ``normalize`` joint or visual and temperature 1 only.
+        lse_s, lse_t: [B, H, R] natural log-sum-exp of each row's scores over every visible key and its
+            sink, as ``fastalign.lse`` gets it from attention kernels; saves a sweep. It stands for a
+            value of q and k: the gradient is the same as without it. With ``normalize`` joint or visual
+            and temperature 1 only.
         target: a given teacher map instead of ``q_t`` and ``k_t``, not negative. [B, G, N, C]: row n
             for the n-th compared row of the sample, column c for its c-th compared column, both in
             order of position; what lies beyond a sample's own rows and columns is not read. G: 1 for

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..lse import dense
+
 
 @dataclass(frozen=True)
 class Call:
@@ -65,14 +67,12 @@ def sequence_starts(passed: Passed) -> Tensor | None:
     return starts
 
 
-def usable_lse(base: str, query: Tensor, second: Any) -> Tensor | None:
-    """The second result of an attention function, where it is a log-sum-exp of full precision.
+def usable_lse(query: Tensor, found: Tensor | None) -> Tensor | None:
+    """[B, H, T]: the log-sum-exp that the attention beneath returned or kept, of full precision.
 
-    FlexAttention returns its float32 log-sum-exp in the type of the values: after a rounding to
-    bfloat16 it is wrong by percents of every probability, and our own is taken instead.
+    transformers returns FlexAttention's in the type of the values: after a rounding to bfloat16 it is
+    wrong by percents of every probability, and our own is taken instead.
     """
-    if base != "flex_attention" or not isinstance(second, Tensor):
+    if found is None or found.dtype in (torch.float16, torch.bfloat16):
         return None
-    if second.shape != query.shape[:3] or second.dtype != torch.float32:
-        return None
-    return second
+    return dense(found, query)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..lse import sdpa_lse
 from .calls import Call, is_causal, sequence_starts, usable_lse
 from .links import grad_outside, note_grad, show_compiled
 from .taps import is_watched, show
@@ -79,11 +80,19 @@ def _attention_function(base: str, flash: bool) -> Callable[..., Any]:
         attention_mask: Any,
         **kwargs: Any,
     ) -> Any:
-        result = _base_function(base, module)(
-            _as_base(module, base), query, key, value, attention_mask, **kwargs
-        )
         compiling = torch.compiler.is_compiling()
-        if not compiling and not is_watched(module):
+        watched = not compiling and is_watched(module)
+        run = partial(_base_function(base, module), _as_base(module, base))
+        found = None
+        if watched and base == "sdpa":  # its kernel's log-sum-exp is not among its results
+            with sdpa_lse() as caught:
+                result = run(query, key, value, attention_mask, **kwargs)
+            found = caught.lse
+        else:
+            result = run(query, key, value, attention_mask, **kwargs)
+            if base == "flex_attention":
+                found = result[1]
+        if not compiling and not watched:
             return result
         call = Call(
             query=query,
@@ -97,7 +106,7 @@ def _attention_function(base: str, flash: bool) -> Callable[..., Any]:
             flash=flash,
             positions=kwargs.get("position_ids") if flash else None,
             starts=sequence_starts(kwargs) if flash else None,
-            lse=usable_lse(base, query, result[1]),
+            lse=usable_lse(query, found),
             grad=torch.is_grad_enabled() if compiling else grad_outside(module),
         )
         if compiling:
