@@ -48,6 +48,14 @@ def check_readable(run: Path) -> None:
         assert (folder / "rng_state.pth").stat().st_size > 0
 
 
+def open_saves(run: Path) -> list[Path]:
+    """Checkpoints that are being written; a folder that is renamed away while one looks holds none."""
+    try:
+        return list(run.glob(f"0*/{STAGING}/checkpoint-*"))
+    except FileNotFoundError:
+        return []
+
+
 def kill_once(folder: Path, in_a_save: bool, rng: random.Random) -> bool:
     """Go on with the run, kill it after its first new checkpoint; whether a save was under way."""
     process = start_process(folder, *(["--resume"] if (folder / "run").exists() else []))
@@ -56,7 +64,7 @@ def kill_once(folder: Path, in_a_save: bool, rng: random.Random) -> bool:
     while process.poll() is None and not set(run.glob("0*/checkpoint-*")) - before:
         time.sleep(0.005)
     if in_a_save:
-        while process.poll() is None and not list(run.glob(f"0*/{STAGING}/checkpoint-*")):
+        while process.poll() is None and not open_saves(run):
             pass
         time.sleep(rng.random() * 0.01)
     else:
@@ -64,7 +72,7 @@ def kill_once(folder: Path, in_a_save: bool, rng: random.Random) -> bool:
     process.send_signal(signal.SIGKILL)
     output, _ = process.communicate()
     assert process.returncode == -signal.SIGKILL, output.decode()[-2000:]
-    return bool(list(run.glob(f"0*/{STAGING}/checkpoint-*")))
+    return bool(open_saves(run))
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)], ids=["2", "20"])
