@@ -10,6 +10,7 @@ from .._version import __version__
 from .ablate import ablate
 from .analyze import analyze
 from .bench import bench
+from .check import check
 from .distill import distill
 from .eval import evaluate
 from .init import init
@@ -29,6 +30,7 @@ def build_app() -> typer.Typer:
     app.callback()(_options)
     app.command()(recipes)
     app.command()(init)
+    app.command()(check)
     app.command()(distill)
     app.command(name="eval")(evaluate)
     app.command()(analyze)

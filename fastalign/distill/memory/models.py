@@ -36,8 +36,8 @@ class FakeModels:
         self.mode = FakeTensorMode()
         models = recipe.models
         self._configs = {
-            "student": _config(recipe, models.student, "models.student"),
-            "teacher": _config(recipe, models.teacher, "models.teacher"),
+            "student": read_config(recipe, models.student, "models.student"),
+            "teacher": read_config(recipe, models.teacher, "models.teacher"),
         }
         if models.taf is not None and self._configs["student"].model_type != "llava_taf":
             self._configs["student"] = _with_taf(self._configs, models.taf)
@@ -50,6 +50,10 @@ class FakeModels:
         with torch.device("meta"):
             student = choose_trained(student, stage)
         return self._fake(student)
+
+    def plain_student(self) -> Any:
+        """The student before any stage."""
+        return self._fake(self._meta("student", self.recipe.models.student_dtype).eval())
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -95,7 +99,12 @@ def _with_taf(configs: dict[str, Any], adapter: str) -> Any:
     return taf_config(configs["student"], configs["teacher"], adapter)
 
 
-def _config(recipe: Recipe, name: str, where: str) -> Any:
+def read_config(recipe: Recipe, name: str, where: str) -> Any:
+    """The configuration of a checkpoint.
+
+    Raises:
+        RecipeError: it cannot be read; ``where`` is the recipe's entry.
+    """
     from transformers import AutoConfig
 
     from .. import taf  # noqa: F401  (makes AutoConfig know its checkpoints)

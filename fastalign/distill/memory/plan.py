@@ -143,7 +143,7 @@ class _Planner:
     def _optimizer(self) -> list[Line]:
         trained = [p for p in self.student.parameters() if p.requires_grad]
         size = sum(p.numel() * p.element_size() for p in trained)
-        states, how = _states(self.stage.optimizer, trained)
+        states, how = optimizer_states(self.stage.optimizer, trained)
         largest = max(p.numel() * p.element_size() for p in trained)
         work = 2 * largest if self.on_cpu or "fused" in self.stage.optimizer else size
         each = "2 x the largest parameter" if work != size else "1 x the trained weights (foreach)"
@@ -438,7 +438,7 @@ def _quantised(model: Any, bits: int) -> tuple[int, str]:
     )
 
 
-def _states(optimizer: str, trained: list[nn.Parameter]) -> tuple[int, str]:
+def optimizer_states(optimizer: str, trained: list[nn.Parameter]) -> tuple[int, str]:
     """Bytes of an optimiser's states."""
     count = sum(p.numel() for p in trained)
     size = sum(p.numel() * p.element_size() for p in trained)

@@ -1,0 +1,131 @@
+"""All parts of a recipe's check, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..memory.models import FakeModels
+from ..memory.render import found_memory
+from ..plain import RecipeError
+from ..recipe import Recipe, load_recipe
+from .checkpoints import check_checkpoints, compare_tokenizers, offline, read_processor
+from .dry import check_dry_steps
+from .memory import check_memory
+from .outcome import Outcome, Part
+from .output import check_output
+from .plans import check_stages
+from .samples import Progress, check_samples
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a recipe is checked.
+
+    Attributes:
+        samples: only the first so many of each source; None: all.
+        device_memory: bytes of the device that the run will have; None: this machine's.
+        dry_step: also take a step of every stage.
+        progress: told of every sample.
+    """
+
+    samples: int | None = None
+    device_memory: int | None = None
+    dry_step: bool = True
+    progress: Progress | None = None
+
+
+def check_recipe(path: Path, options: Options | None = None) -> Outcome:
+    """Everything that can be known of a recipe before it runs. Nothing is written or downloaded."""
+    outcome = Outcome(str(path))
+    try:
+        recipe = load_recipe(path)
+    except RecipeError as error:
+        outcome.parts.append(Part("recipe", problems=list(error.problems)))
+        return outcome
+    names = ", ".join(stage.name for stage in recipe.stages)
+    outcome.parts.append(Part("recipe", summary=f"{len(recipe.stages)} stages: {names}"))
+    threads = torch.get_num_threads()
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    try:
+        with offline():
+            _check(recipe, options or Options(), outcome)
+    finally:
+        torch.set_num_threads(threads)
+    return outcome
+
+
+def _check(recipe: Recipe, options: Options, outcome: Outcome) -> None:
+    checkpoints = check_checkpoints(recipe)
+    outcome.parts.append(checkpoints)
+    tokens = Part("tokenizers")
+    processor = read_processor(recipe, tokens)
+    outcome.parts.append(tokens)
+    try:
+        models = FakeModels(recipe)
+    # Configurations that contradict themselves raise nearly anything when the model is built.
+    except Exception as error:
+        if not checkpoints.problems:
+            checkpoints.problems.append(f"models: {error}")
+        for name in ("stages", "data", "output", "memory", "dry step"):
+            outcome.parts.append(Part(name, left_out="the models are not known"))
+        return
+    sizes = {
+        role: int(model.get_input_embeddings().weight.shape[0])
+        for role, model in (("student", models.plain_student()), ("teacher", models.teacher))
+    }
+    if processor is not None:
+        compare_tokenizers(recipe, processor, sizes, tokens)
+    stages, facts = check_stages(recipe, models)
+    outcome.parts.append(stages)
+    if processor is None:
+        outcome.parts.append(check_output(recipe, facts, {}))
+        for name in ("data", "memory", "dry step"):
+            outcome.parts.append(Part(name, left_out="the processor is not known"))
+        return
+    data, sources = check_samples(
+        recipe, processor, models, samples=options.samples, progress=options.progress
+    )
+    counts = {name: source.length for source in sources for name in source.stages if source.length}
+    outcome.parts += [data, check_output(recipe, facts, counts)]
+    if len(facts) < len(recipe.stages):
+        for name in ("memory", "dry step"):
+            outcome.parts.append(Part(name, left_out="a stage has problems"))
+        return
+    here, device = found_memory(recipe.cpu)
+    asked = options.device_memory
+    memory, plans = check_memory(
+        recipe,
+        models,
+        sources,
+        here if asked is None else asked,
+        device if asked is None else "as given",
+    )
+    outcome.parts.append(memory)
+    outcome.parts.append(_dry(recipe, options, outcome, processor, models, sources, plans, here))
+
+
+def _dry(
+    recipe: Recipe,
+    options: Options,
+    outcome: Outcome,
+    processor: Any,
+    models: FakeModels,
+    sources: Any,
+    plans: Any,
+    memory: int,
+) -> Part:
+    reason = ""
+    if not options.dry_step:
+        reason = "as asked for"
+    elif outcome.part("checkpoints").problems:
+        reason = "the checkpoints have problems"
+    elif outcome.part("tokenizers").problems:
+        reason = "the tokenizers have problems"
+    if reason:
+        return Part("dry step", left_out=reason)
+    return check_dry_steps(recipe, processor, models, sources, plans, memory)
