@@ -20,7 +20,11 @@ def place_of(recipe: Recipe, name: str) -> str:
 
 
 def load_model(recipe: Recipe, name: str, dtype: str, bits: int | None = None) -> Any:
-    """A standard image-text-to-text checkpoint, from safetensors only."""
+    """A standard image-text-to-text checkpoint, from safetensors only.
+
+    Raises:
+        ValueError: it lacks weights of the model, which would otherwise be random ones.
+    """
     from transformers import AutoModelForImageTextToText
 
     from . import taf  # noqa: F401  (makes the Auto classes know its checkpoints)
@@ -32,13 +36,21 @@ def load_model(recipe: Recipe, name: str, dtype: str, bits: int | None = None) -
         more["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=bits == 8, load_in_4bit=bits == 4
         )
-    return AutoModelForImageTextToText.from_pretrained(
+    model, report = AutoModelForImageTextToText.from_pretrained(
         place_of(recipe, name),
         dtype=getattr(torch, dtype),
         use_safetensors=True,
         trust_remote_code=recipe.models.trust_remote_code,
+        output_loading_info=True,
         **more,
     )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights of a {type(model).__name__}, the first is "
+            f"{missing[0]!r}; allowed: a whole checkpoint"
+        )
+    return model
 
 
 def load_teacher(recipe: Recipe) -> Any:
