@@ -5,10 +5,11 @@ transformers: that happens when a model is first looked at.
 """
 
 from .alignment import AttentionAlignment
-from .cache import TeacherCache, record_teacher
+from .cache import TeacherCache
 from .families import FAMILIES, Family, register_family
 from .matching import match_layers
 from .pictures import visual_attention
+from .record import record_teacher
 from .reductions import attention_received, image_relevance, sink_scores
 
 __all__ = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -168,7 +169,9 @@ class AttentionAlignment:
                 "layers or rows is given with a TeacherCache; allowed: None, as both were chosen when "
                 "it was recorded"
             )
-        if self.spec != cache.spec:
+        # How units are summed up is no matter of the teacher's maps.
+        summed: dict[str, Any] = {"reduction": "mean", "layer_reduction": "mean"}
+        if replace(self.spec, **summed) != replace(cache.spec, **summed):
             raise ValueError(
                 f"spec is {self.spec} and the cache was recorded for {cache.spec}; allowed: the "
                 "recorded one"

@@ -11,6 +11,8 @@ import torch
 
 from fastalign import AlignSpec
 from fastalign.models import AttentionAlignment, TeacherCache, match_layers, record_teacher
+from fastalign.models.cache import fingerprint
+from fastalign.models.record import Recorder, ShardWriter
 from tests.models import eager, tiny
 from tests.models.test_llava import step
 
@@ -106,23 +108,60 @@ def test_sampled_rows_are_recorded_with_their_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(running.rows.weight[:, 0], after_image / 4)
 
 
-def test_top_logits_predict_the_labelled_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_likeliest_tokens_and_the_rest_are_the_teachers(tmp_path: Path, temperature: float) -> None:
     teacher = tiny.llava(seed=1).eval()
-    cache = record(tmp_path / "t", teacher, logits=3)
+    cache = record(tmp_path / "t", teacher, logits=3, temperature=temperature)
     inputs = data()[0]
     with torch.no_grad():
-        logits = teacher(**inputs).logits
-    for b in range(2):
-        found = cache.top_logits(b)
-        at = (inputs["labels"][b] != -100).nonzero().flatten()
-        assert found["positions"].tolist() == at.tolist()
-        wanted = logits[b, at - 1]
-        values, index = wanted.topk(3, dim=-1)
-        torch.testing.assert_close(found["values"], values)
-        assert torch.equal(found["index"].long(), index)
-        torch.testing.assert_close(found["logsumexp"], wanted.logsumexp(-1))
+        log_p = (teacher(**inputs).logits / temperature).log_softmax(-1)
+    found = cache.answer_logits([1, 0], [5, 5])
+    wanted = torch.cat(
+        [log_p[b, (inputs["labels"][b] != -100).nonzero()[:, 0] - 1] for b in (1, 0)]
+    )
+    values, index = wanted.topk(3, dim=-1)
+    torch.testing.assert_close(found.log_probs, values)
+    assert torch.equal(found.tokens, index)
+    rest = 1 - values.double().exp().sum(-1)
+    torch.testing.assert_close(found.rest.double().exp(), rest, atol=1e-6, rtol=0)
+    with pytest.raises(
+        ValueError, match=r"sample 0 was recorded at 5 positions .* the batch has 4"
+    ):
+        cache.answer_logits([0], [4])
     with pytest.raises(ValueError, match="the cache holds no logits"):
-        record(tmp_path / "none", teacher).top_logits(0)
+        record(tmp_path / "none", teacher).answer_logits([0], [5])
+
+
+def test_a_recording_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    """What is on the disk stays; a half-written shard does not count; another recording is refused."""
+    teacher = tiny.llava(seed=1).eval()
+    whole = record(tmp_path / "whole", teacher, logits=2, shard_samples=1)
+    recorder = Recorder(teacher, LAYERS, whole.spec, logits=2)
+    facts = {"teacher": fingerprint(teacher), **recorder.facts()}
+    path = tmp_path / "cut"
+    writer = ShardWriter(path, facts, 1)
+    records = [one for batch in data() for one in recorder.record(batch)]
+    for number, (tokens, tensors) in enumerate(records[:2]):
+        writer.add(tokens, tensors, content=f"c{number}")
+        assert writer.full
+        writer.flush(mark=10 * number)
+    writer.add(*records[2])  # held, and lost
+    (path / "shard-00002.safetensors.part").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"which has no manifest\.json"):
+        TeacherCache(path)
+    with pytest.raises(ValueError, match="was recorded with entries None, and 4 is asked for"):
+        ShardWriter(path, {**facts, "entries": 4}, 1)
+    again = ShardWriter(path, facts, 1)
+    assert (again.mark, len(again.hashes), again.contents) == (10, 2, {"c0": 0, "c1": 1})
+    for tokens, tensors in records[2:]:
+        again.add(tokens, tensors)
+    cut = again.finish()
+    assert cut.hashes == whole.hashes and cut.numbers == {"c0": 0, "c1": 1}
+    for sample in range(4):
+        for name in ("rows", "layer_1/values", "logits/log_probs", "logits/rest"):
+            ours, theirs = cut.read(sample, name), whole.read(sample, name)
+            assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+    assert not list(path.glob("*.part")) and not (path / "recording.json").exists()
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -178,8 +217,8 @@ def test_damage_is_found(tmp_path: Path) -> None:
     manifest.write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="order_sha256"):
         TeacherCache(tmp_path / "t", verify=False)
-    manifest.write_text(json.dumps({**facts, "format": 2}))
-    with pytest.raises(ValueError, match="the cache has format 2; allowed: 1"):
+    manifest.write_text(json.dumps({**facts, "format": 3}))
+    with pytest.raises(ValueError, match="the cache has format 3; allowed: 2"):
         TeacherCache(tmp_path / "t")
 
 
