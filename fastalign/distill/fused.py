@@ -27,12 +27,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..models.cache import AnswerLogits
 from .divergences import check_divergence, gradient_centre, logit_gradient, token_divergence
+from .losses import lm_sum, recorded_kd_sum
 
 DEFAULT_BLOCK_BYTES = 64 * 2**20
 """Of one float32 tile of logits; about seven such tiles are alive at once."""
 MIN_ROWS = 64
 """The vocabulary is cut where a tile of that many tokens would be larger: fewer make slow products."""
+
+
+class Recorded(NamedTuple):
+    """A teacher's recorded distributions in its logits' place, and the vocabulary that they are over."""
+
+    answers: AnswerLogits
+    vocabulary: int
 
 
 class FusedLosses(NamedTuple):
@@ -55,6 +64,7 @@ def fused_linear_losses(
     divergence: str = "forward_kl",
     temperature: float = 1.0,
     block_bytes: int = DEFAULT_BLOCK_BYTES,
+    recorded: Recorded | None = None,
 ) -> FusedLosses:
     """``losses.lm_sum`` and ``losses.kd_sum`` of the logits ``hidden @ weight.T``.
 
@@ -67,6 +77,8 @@ def fused_linear_losses(
         lm_weight, kd_weight: of the two sums in ``total``.
         divergence, temperature: see ``losses.kd_sum``.
         block_bytes: of a tile of logits; at least one of one token.
+        recorded: in a teacher's place, at the n positions; kd is then ``losses.recorded_kd_sum``, and a
+            tile holds the whole vocabulary.
 
     Logits are formed in ``hidden``'s type (the head is cast to it) and reduced in float32, or in
     float64 throughout for float64 inputs.
@@ -76,12 +88,23 @@ def fused_linear_losses(
     """
     check_divergence(divergence, temperature)
     _check(hidden, weight, targets, teacher_hidden, teacher_weight)
-    teacher = None
+    teacher: _Teacher = recorded
+    if recorded is not None and (
+        teacher_hidden is not None or len(recorded.answers.tokens) != len(hidden)
+    ):
+        raise ValueError(
+            f"recorded has {len(recorded.answers.tokens)} positions; allowed: {len(hidden)}, and no "
+            "teacher beside it"
+        )
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = (teacher_hidden.detach(), teacher_weight.detach())
     options = _Options(lm_weight, kd_weight, divergence, temperature, block_bytes)
     total, lm, kd = _Fused.apply(hidden, weight, targets, teacher, options)
     return FusedLosses(total, lm, kd)
+
+
+#: (hidden states, head), or what was recorded of it, or nothing.
+_Teacher = tuple[Tensor, Tensor] | Recorded | None
 
 
 class _Options(NamedTuple):
@@ -99,7 +122,7 @@ class _Fused(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor | None,
-        teacher: tuple[Tensor, Tensor] | None,
+        teacher: _Teacher,
         options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -124,7 +147,7 @@ def _sweep(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor | None,
-    teacher: tuple[Tensor, Tensor] | None,
+    teacher: _Teacher,
     options: _Options,
     needs: tuple[bool, bool],
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
@@ -132,7 +155,7 @@ def _sweep(
     hidden = hidden.detach()
     wide = torch.promote_types(hidden.dtype, torch.float32)
     head = weight.detach().to(hidden.dtype)
-    if teacher is not None:
+    if isinstance(teacher, tuple) and not isinstance(teacher, Recorded):
         teacher = (teacher[0], teacher[1].to(teacher[0].dtype))
     lm, kd = hidden.new_zeros((), dtype=wide), hidden.new_zeros((), dtype=wide)
     grad_hidden = torch.zeros_like(hidden) if needs[0] else None
@@ -141,9 +164,15 @@ def _sweep(
     rows, columns = tile_shape(len(hidden), len(head), options.block_bytes // wide.itemsize)
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
-        theirs = None if teacher is None else (teacher[0][part], teacher[1])
         chosen = None if targets is None else targets[part]
-        block = _Block(hidden[part], head, chosen, theirs, columns, wide, options)
+        block: _Block | _RecordedBlock
+        if isinstance(teacher, Recorded):
+            answers = AnswerLogits(*(x[part] for x in teacher.answers))
+            recorded = Recorded(answers, teacher.vocabulary)
+            block = _RecordedBlock(hidden[part], head, chosen, recorded, wide, options)
+        else:
+            theirs = None if teacher is None else (teacher[0][part], teacher[1])
+            block = _Block(hidden[part], head, chosen, theirs, columns, wide, options)
         of_hidden = torch.zeros_like(block.h, dtype=wide) if needs[0] else None
         for place, tile in block.losses(gradient=any(needs)):
             lm += tile.lm
@@ -290,6 +319,38 @@ class _Block:
         assert self.targets is not None
         inside = (self.targets >= place.start) & (self.targets < place.stop)
         return torch.where(inside, self.targets - place.start, 0).unsqueeze(1), inside
+
+
+class _RecordedBlock:
+    """A block of tokens beside what was recorded of the teacher: one tile, differentiated by torch."""
+
+    def __init__(
+        self,
+        h: Tensor,
+        head: Tensor,
+        targets: Tensor | None,
+        recorded: Recorded,
+        wide: torch.dtype,
+        options: _Options,
+    ) -> None:
+        self.h, self.head, self.targets, self.recorded = h, head, targets, recorded
+        self.wide, self.options = wide, options
+
+    def losses(self, *, gradient: bool) -> Iterator[tuple[slice, _Tile]]:
+        """The whole vocabulary with its sums."""
+        z = (self.h @ self.head.T).to(self.wide).requires_grad_(gradient)
+        with torch.set_grad_enabled(gradient):
+            kd = recorded_kd_sum(
+                z,
+                self.recorded.answers,
+                vocabulary=self.recorded.vocabulary,
+                divergence=self.options.divergence,
+                temperature=self.options.temperature,
+            )
+            lm = kd.new_zeros(()) if self.targets is None else lm_sum(z, self.targets)
+            total = self.options.lm_weight * lm + self.options.kd_weight * kd
+        dz = torch.autograd.grad(total, z)[0] if gradient else None
+        yield slice(0, len(self.head)), _Tile(lm.detach(), kd.detach(), dz)
 
 
 def _check(

@@ -9,9 +9,11 @@ from hidden states without it.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.cache import AnswerLogits
 from .divergences import check_divergence, token_divergence
 
 IGNORE_INDEX = -100
@@ -57,6 +59,38 @@ def kd_sum(
     shared = min(student.shape[-1], teacher.shape[-1])
     log_s = (wide(student[..., :shared]) / temperature).log_softmax(-1)
     log_t = (wide(teacher.detach()[..., :shared]) / temperature).log_softmax(-1)
+    return token_divergence(log_s, log_t, divergence).sum() * temperature**2
+
+
+def recorded_kd_sum(
+    student: Tensor,
+    teacher: AnswerLogits,
+    *,
+    vocabulary: int,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+) -> Tensor:
+    """``kd_sum`` from recorded distributions: over the k recorded tokens and one bucket of all others.
+
+    The student's mass outside the k tokens is one entry, as the teacher's is. Merging entries can only
+    make a divergence smaller: it is at most the whole vocabulary's, and equal to it where k is the
+    vocabulary or where the student spreads the rest as the teacher does. What is lost is the teacher's
+    word on unlikely tokens.
+
+    Args:
+        student: [n, V_s] logits. teacher: at the same n positions, recorded at this temperature.
+        vocabulary: of what the teacher's distributions are; the student's logits are cut to it.
+    """
+    check_divergence(divergence, temperature)
+    z = wide(student[..., :vocabulary]) / temperature
+    log_all = z.logsumexp(-1, keepdim=True)
+    log_s, log_t = z.gather(-1, teacher.tokens) - log_all, teacher.log_probs.to(z.dtype)
+    if teacher.tokens.shape[-1] < vocabulary:
+        others = z.scatter(-1, teacher.tokens, -torch.inf).logsumexp(-1, keepdim=True)
+        # No mass at all is as good as e^-10000 of it, and 0 * -inf has no value.
+        rest = teacher.rest.to(z.dtype).clamp(min=-1e4).unsqueeze(-1)
+        log_s, log_t = torch.cat([log_s, others - log_all], -1), torch.cat([log_t, rest], -1)
+    log_t = log_t.log_softmax(-1)  # stored in fewer digits, they do not quite add up to one
     return token_divergence(log_s, log_t, divergence).sum() * temperature**2
 
 
