@@ -176,10 +176,9 @@ def _stage_steps(
         return whole, {}
     alone = {}
     for name in weights:
-        only = replace(stage.losses, **{other: 0.0 for other in weights if other != name})
-        alone[name] = dry_step(
-            recipe, replace(stage, losses=only), student, teacher, processor, items
-        )
+        without: dict[str, Any] = {other: 0.0 for other in weights if other != name}
+        only = replace(stage, losses=replace(stage.losses, **without))
+        alone[name] = dry_step(recipe, only, student, teacher, processor, items)
     return whole, alone
 
 

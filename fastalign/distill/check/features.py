@@ -70,4 +70,4 @@ class ImageTokens:
         features = getattr(out, "pooler_output", out)
         if isinstance(features, torch.Tensor):
             features = list(features)
-        return sum(each.shape[-2] for each in features)
+        return sum(int(each.shape[-2]) for each in features)

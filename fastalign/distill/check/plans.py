@@ -91,6 +91,10 @@ def check_arguments(recipe: Recipe, stage: Stage) -> None:
     options = {
         name: value for name, value in stage.options.items() if name not in {*LAUNCHED, *QUIET}
     }
+    if stage.options.get("fsdp") and stage.fused_head:
+        raise RecipeError(
+            "fused_head is True and options.fsdp is given; allowed: fused_head: false"
+        )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     training_arguments(recipe, replace(stage, options=options), Path(), processes, **QUIET)
 
