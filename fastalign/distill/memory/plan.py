@@ -292,8 +292,18 @@ class _Planner:
                 f"x {item} B",
             )
         )
+        # One sample at a time: scores of both sides in float32, and about as much again.
+        others = _heads(views["teacher"].text_config)[0] * max(map(len, matching.values()))
+        both = 2 * (heads + others) * rows * tokens * 4
         found.append(
-            Line("alignment's workspace", WORKSPACE_BYTES, ("student",), "at most, of one layer")
+            Line(
+                "alignment's workspace",
+                min(WORKSPACE_BYTES, both),
+                ("student",),
+                "at most, of one layer"
+                if both >= WORKSPACE_BYTES
+                else f"2 x ({heads} + {others} heads) x {rows:,} {what} x {tokens:,} keys x 4 B",
+            )
         )
         return found
 

@@ -101,7 +101,7 @@ def run_decoder(
     live = LiveBytes()
     context = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
     with live, torch.set_grad_enabled(training):
-        with context:
+        with context, _no_packing():
             out = decoder(inputs_embeds=embeds, use_cache=False, **more).last_hidden_state
             peak, end = live.peak, live.now
         kept = live.now
@@ -113,6 +113,25 @@ def run_decoder(
     for handle in handles:
         handle.remove()
     return Pass(peak, end, kept, live.peak)
+
+
+@contextmanager
+def _no_packing() -> Iterator[None]:
+    """Positions that begin once are no packed sequences, which transformers cannot see on fake tensors.
+
+    Where it cannot see it, it makes a [1, 1, L, L] mask that no run has.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    before = getattr(masking_utils, name, None)
+    if before is not None:
+        setattr(masking_utils, name, lambda *arguments, **keywords: None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(masking_utils, name, before)
 
 
 def run_head(
