@@ -14,7 +14,7 @@ from fastalign.distill.config import DistillConfig
 from fastalign.distill.data.collate import Collator
 from fastalign.distill.loading import choose_trained
 from fastalign.distill.memory import FakeModels, Shape, StagePlan, plan_stage
-from fastalign.distill.memory.render import parse_size
+from fastalign.distill.memory.render import container_limit, parse_size
 from fastalign.distill.recipe import Recipe, recipe_from_plain
 from fastalign.distill.run import training_arguments
 from fastalign.distill.trainer import DistillTrainer
@@ -147,6 +147,14 @@ def test_alignment_needs_what_the_plan_says(tmp_path: Path, checkpointing: bool)
     _, planned, measured = compare(tmp_path, stage, tokens=1024)
     print(f"planned {planned / 2**20:.1f} MiB, measured {measured / 2**20:.1f}")
     assert measured <= 1.02 * planned and planned <= 1.15 * measured
+
+
+def test_a_container_has_less_than_the_machine(tmp_path: Path) -> None:
+    assert container_limit(tmp_path) is None
+    (tmp_path / "memory.max").write_text("max\n")
+    assert container_limit(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1073741824\n")
+    assert container_limit(tmp_path) == 2**30
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
@@ -234,7 +236,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, *arguments: Any, model: Any = None, **others: Any) -> None:
         named = [(part_of(name), name, p) for name, p in model.named_parameters()]
-        named += [("beside the student", name, p) for name, p in self.extra.named_parameters()]
+        named += [("losses' own weights", name, p) for name, p in self.extra.named_parameters()]
         for part, name, parameter in named:
             if not parameter.requires_grad:
                 continue
@@ -285,6 +287,11 @@ def _complaints(
 
 @contextmanager
 def _random_kept() -> Iterator[None]:
-    """torch's generators go on as if nothing had been."""
-    with torch.random.fork_rng():
-        yield
+    """All generators go on as if nothing had been: the Trainer sets them."""
+    before, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 (it sets this one)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(numbers)  # noqa: NPY002

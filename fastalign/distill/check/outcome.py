@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,8 +58,8 @@ class Outcome:
         return next(part for part in self.parts if part.name == name)
 
     def plain(self) -> dict[str, Any]:
-        """As mappings, lists and scalars, for json."""
-        return {
+        """As mappings, lists and scalars, for json; what json has no number for is text ("nan")."""
+        whole: dict[str, Any] = {
             "recipe": self.recipe,
             "ok": self.ok,
             "parts": [
@@ -74,3 +75,13 @@ class Outcome:
                 for part in self.parts
             ],
         }
+        plain: dict[str, Any] = _without_nan(whole)
+        return plain
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -65,12 +65,8 @@ def _check(recipe: Recipe, options: Options, outcome: Outcome) -> None:
     tokens = Part("tokenizers")
     processor = read_processor(recipe, tokens)
     outcome.parts.append(tokens)
-    try:
-        models = FakeModels(recipe)
-    # Configurations that contradict themselves raise nearly anything when the model is built.
-    except Exception as error:
-        if not checkpoints.problems:
-            checkpoints.problems.append(f"models: {error}")
+    models = _models(recipe, checkpoints)
+    if models is None:
         for name in ("stages", "data", "output", "memory", "dry step"):
             outcome.parts.append(Part(name, left_out="the models are not known"))
         return
@@ -107,6 +103,20 @@ def _check(recipe: Recipe, options: Options, outcome: Outcome) -> None:
     )
     outcome.parts.append(memory)
     outcome.parts.append(_dry(recipe, options, outcome, processor, models, sources, plans, here))
+
+
+def _models(recipe: Recipe, part: Part) -> FakeModels | None:
+    """Both models without storage, or None and a problem."""
+    try:
+        return FakeModels(recipe)
+    except RecipeError as error:
+        part.problems += [text for text in error.problems if text not in part.problems]
+    # Configurations that contradict themselves raise nearly anything when the model is built.
+    except Exception as error:
+        part.problems.append(
+            f"models: they cannot be built from their configurations: {type(error).__name__}: {error}"
+        )
+    return None
 
 
 def _dry(

@@ -124,9 +124,13 @@ def check_samples(
             )
         _compare_losses(recipe, source, entry, part)
         part.problems += [f"{where}: {reason}" for where, reason in source.bad]
+        if source.looked_at < source.length and not source.wrong:
+            part.notes.append(
+                f"{entry}: only {source.looked_at:,} of {source.length:,} samples were looked at"
+            )
         if source.truncated:
             part.notes.append(
-                f"{entry}: {source.truncated} samples are cut to max_length {source.data.max_length}"
+                f"{entry}: {source.truncated:,} samples are cut to max_length {source.data.max_length}"
             )
     part.facts["sources"] = [source.figures() for source in found]
     part.facts["bad_samples"] = [

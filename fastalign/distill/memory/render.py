@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .plan import GIB, PHASES, RESERVE_BYTES, StagePlan
@@ -33,7 +34,21 @@ def found_memory(cpu: bool) -> tuple[int, str]:
     if not cpu and torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         return int(found.total_memory), str(found.name)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = container_limit()
+    if limit is not None and limit < memory:
+        return limit, "this container's memory"
+    return memory, "this machine's memory"
+
+
+def container_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that a container may use, where there is such a limit (cgroup version 2, then 1)."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            return int((root / name).read_text())
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return None
 
 
 def plan_table(plan: StagePlan, memory: int, device: str) -> Table:
