@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: What lists and workspaces are padded to: every tile's rows and keys divide it.
+GRAIN = 128
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -27,53 +30,106 @@ class Tile:
 
 _INTERPRETER = Tile(16, 16, 4, 1, "small: several tiles at sizes that an interpreter can run")
 
-# What the static report measured at head_dim 128 in bf16, without stack or spills (clocks per element).
-_SM_80 = {
-    "row_delta": Tile(128, 64, 8, 2, "64x64 spills"),
-    "statistics": Tile(128, 64, 8, 2, "static 0.259, floor 0.25; 64x64 with 8 warps 0.263"),
-    "map_gradient": Tile(128, 64, 8, 2, "static 0.257, floor 0.25; 64x64 with 8 warps 0.259"),
+# A row is looked up as kernel_variant (logs, scores), then as kernel. Where ``why`` gives figures they are
+# clocks per score element at head_dim 128 in bf16, beside the floor, without stack or spills.
+_Table = dict[str, Tile]
+_SM_80: _Table = {
+    "row_lse": Tile(128, 64, 4, 2, "static 0.135, floor 0.125; 64x64 with 8 warps 0.186"),
+    "row_delta": Tile(128, 64, 8, 2, "static 0.141, floor 0.125; 4 warps 0.134, in logs it spills"),
+    "statistics": Tile(128, 64, 8, 2, "static 0.264, floor 0.25; 64x64 0.272"),
+    "statistics_logs": Tile(64, 64, 8, 2, "static 0.305; 128x64 spills"),
+    "map_gradient": Tile(128, 64, 8, 2, "static 0.263, floor 0.25; 64x64 0.269"),
+    "map_gradient_logs": Tile(64, 64, 8, 2, "static 0.303; 128x64 spills"),
     "dq": Tile(64, 32, 4, 2, "static 0.281, floor 0.25"),
-    "dk": Tile(32, 64, 4, 2, "static 0.253, floor 0.25; 64x64 with 8 warps 0.255"),
+    "dk": Tile(32, 64, 4, 2, "static 0.256, floor 0.25"),
     "dk_logs": Tile(64, 64, 8, 2, "32x64 with 4 warps spills"),
+    "head_kl": Tile(128, 64, 8, 2, "static 0.272, floor 0.25; 64x64 0.367; 4 warps spill"),
 }
-_SM_90 = {
-    "row_lse": Tile(128, 64, 8, 2, "static 0.087, floor 0.0625"),
-    "row_delta": Tile(128, 64, 8, 2, "static 0.101, floor 0.0625"),
-    "statistics": Tile(128, 64, 8, 2, "static 0.134, floor 0.125; 64x64 with 4 warps 0.136"),
-    "map_gradient": Tile(128, 64, 8, 2, "static 0.132, floor 0.125; 64x64 with 4 warps spills"),
-    "pooled_sums": Tile(64, 64, 8, 1, "static 0.179, floor 0.125; with two stages it spills"),
-    "dq": Tile(64, 64, 4, 2, "static 0.157, floor 0.125"),
+# mma.sync as on sm_80, but 99 KB of shared memory a program.
+_SM_8X: _Table = {
+    "row_lse": Tile(128, 64, 4, 2, "as sm_80"),
+    "dq": Tile(64, 32, 4, 2, "as sm_80"),
+    "dk": Tile(32, 32, 4, 1, "32x64 with 4 warps and 64x64 with 8 warps spill"),
+}
+_SM_90: _Table = {
+    "row_lse": Tile(128, 64, 4, 2, "static 0.079, floor 0.0625; 8 warps 0.087"),
+    "row_delta": Tile(128, 64, 8, 2, "static 0.093, floor 0.0625; 64x64 with 4 warps 0.104"),
+    "statistics": Tile(128, 64, 8, 2, "static 0.138, floor 0.125; 64x64 0.177"),
+    "statistics_logs": Tile(64, 64, 8, 1, "static 0.292: all wider tiles spill"),
+    "map_gradient": Tile(128, 64, 8, 2, "static 0.137, floor 0.125; 64x64 0.183"),
+    "map_gradient_logs": Tile(64, 64, 8, 1, "static 0.267: all wider tiles spill"),
+    "pooled_sums": Tile(64, 64, 8, 1, "static 0.185, floor 0.125; two stages 0.191"),
+    "dq": Tile(64, 64, 4, 2, "static 0.150, floor 0.125"),
     "dk": Tile(128, 64, 8, 2, "static 0.143, floor 0.125; 64x64 with 4 warps 0.134 but spills"),
-    "dk_logs": Tile(128, 64, 8, 1, "static 0.155, floor 0.125; with two stages it spills"),
+    "dk_logs": Tile(128, 64, 8, 1, "with two stages it spills"),
+    "dk_scores": Tile(128, 64, 8, 1, "with two stages it spills"),
+    "head_kl": Tile(128, 64, 8, 2, "static 0.197, floor 0.125; 64x64 with 4 warps 0.208"),
 }
-_SM_100 = {
-    "statistics": Tile(
-        64, 128, 8, 1, "static 0.134, floor 0.125; with two stages 24 bytes of stack"
-    ),
-    "map_gradient": Tile(64, 128, 8, 2, "static 0.134, floor 0.125; 128x64 spills"),
-    "pooled_sums": Tile(64, 64, 8, 1, "static 0.173, floor 0.125; with two stages it spills"),
-    "dq": Tile(128, 64, 4, 2, "static 0.084, floor 0.0625"),
-    "dq_logs": Tile(128, 64, 8, 2, "with 4 warps it spills"),
-    "dk": Tile(32, 128, 4, 2, "static 0.111, floor 0.0625; not turned it spills", turned=True),
+_SM_100: _Table = {
+    "row_lse": Tile(128, 64, 4, 2, "static 0.070, floor 0.0625; 64x64 with 8 warps 0.121"),
+    "row_delta": Tile(128, 64, 4, 2, "static 0.080, floor 0.0625; 8 warps 0.106"),
+    "row_delta_logs": Tile(128, 32, 4, 2, "static 0.107; 128x64 spills, with 8 warps 0.122"),
+    "statistics": Tile(128, 64, 8, 2, "static 0.136, floor 0.125; 64x128 with one stage 0.138"),
+    "statistics_logs": Tile(64, 64, 8, 1, "static 0.249: all wider tiles spill"),
+    "map_gradient": Tile(64, 128, 8, 2, "static 0.139, floor 0.125; 128x64 spills"),
+    "map_gradient_logs": Tile(64, 64, 8, 1, "static 0.254: all wider tiles spill"),
+    "pooled_sums": Tile(64, 64, 8, 1, "static 0.188, floor 0.125; with two stages it spills"),
+    "dq": Tile(128, 64, 4, 2, "static 0.088, floor 0.0625"),
+    "dq_logs": Tile(128, 32, 4, 2, "static 0.127; 128x64 with 8 warps 0.135"),
+    "dk": Tile(32, 128, 4, 2, "static 0.094, floor 0.0625; not turned it spills", turned=True),
     "dk_logs": Tile(32, 128, 8, 2, "with 4 warps it spills", turned=True),
+    "head_kl": Tile(128, 32, 4, 2, "static 0.151, floor 0.125; 128x64 spills, 8 warps 0.167"),
 }
-_TABLES = {"sm_80": _SM_80, "sm_90": _SM_90, "sm_100": _SM_100}
-_OTHER = Tile(64, 64, 8, 2, "not tuned: no row of a table covers it")
+_CDNA: _Table = {
+    "dq": Tile(64, 32, 4, 1, "64x64 spills; 32x64 takes 58 registers more"),
+    "dk": Tile(64, 32, 4, 1, "64x64 spills; 32x64 takes 100 registers more"),
+}
+_TABLES: dict[str, _Table] = {
+    "sm_80": _SM_80,
+    "sm_86": _SM_8X,
+    "sm_89": _SM_8X,
+    "sm_90": _SM_90,
+    "sm_100": _SM_100,
+    "sm_120": _SM_8X,
+    "gfx942": _CDNA,
+    "gfx950": _CDNA,
+}
+_OTHER = Tile(64, 64, 8, 2, "the default: compiles without spills wherever a table has no row")
+
+# Head sizes above 128 (padded to 256) in half precision: operands twice as large. 64 rows, because
+# wgmma and tcgen05 take no fewer; one stage, because two do not fit the registers.
+_MMA_SYNC_WIDE: _Table = {
+    "map_gradient": Tile(16, 32, 4, 1, "32x32 spills on sm_86 and sm_89 in logs"),
+    "dk": Tile(16, 32, 4, 1, "32x32 spills"),
+}
+_WIDE_TABLES: dict[str, _Table] = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), _MMA_SYNC_WIDE),
+    "sm_90": {
+        "dq": Tile(128, 32, 8, 1, "static 0.281, floor 0.25; 64x64 with 8 warps spills"),
+        "dk": Tile(128, 32, 8, 1, "static 0.599, floor 0.25: all tiles of 64 keys spill"),
+    },
+    "sm_100": {"dk_logs": Tile(64, 64, 8, 1, "not turned it spills", turned=True)},
+}
+_WIDE_HALF = Tile(64, 64, 8, 1, "the smallest tile that is wgmma and tcgen05")
 _WIDE = Tile(
-    32, 32, 4, 1, "not tuned: head sizes above 128, and fp32, whose tiles are twice as large"
+    32, 32, 4, 1, "fp32, whose tiles are twice as large, and wide heads on mma.sync and mfma"
 )
 
 
-def tile_for(kernel: str, architecture: str, size: int, itemsize: int) -> Tile:
+def tile_for(kernel: str, variant: str, architecture: str, size: int, itemsize: int) -> Tile:
     """The tile of a kernel.
 
     Args:
-        kernel: its name in the tables. architecture: as ``launch.architecture``.
-        size: the larger head size of the two sides. itemsize: bytes of an element of q.
+        kernel: its name in the tables. variant: "logs", "scores" or "": what the maps hold.
+        architecture: as ``launch.architecture``. size: the larger head size of the two sides.
+        itemsize: bytes of an element of q.
     """
     if architecture == "interpreter":
         return _INTERPRETER
-    if size > 128 or itemsize > 2:
+    if itemsize > 2:
         return _WIDE
-    table = _TABLES.get(architecture, {})
-    return table.get(kernel) or table.get(kernel.removesuffix("_logs"), _OTHER)
+    table, other = _TABLES.get(architecture, {}), _OTHER
+    if size > 128:
+        asynchronous = architecture in ("sm_90", "sm_100")
+        table, other = _WIDE_TABLES.get(architecture, {}), _WIDE_HALF if asynchronous else _WIDE
+    return table.get(f"{kernel}_{variant}") or table.get(kernel, other)

@@ -8,6 +8,9 @@ only get -P delta. With more than one chunk of rows the next launch continues fr
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,8 +46,8 @@ def by_key(b, TURNED: tl.constexpr):
 
 @triton.jit
 def _add_tile(
-    b_acc, b_k, p_q, p_g, p_x, o_map, p_fold, p_lse, p_delta, p_rows, o_r, o_c, o_d,
-    b_who, b_lo, b_hi, sqr, row_length, window, row_start, row_end, pitch, factor, cap,
+    b_acc, b_k, p_q, p_g, p_x, o_map, p_vectors, p_rows, o_r, o_c, o_d,
+    b_who, b_lo, b_hi, sqr, row_length, window, row_count, pitch, factor, cap,
     MASK: tl.constexpr, TURNED: tl.constexpr, INSIDE: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr,
     LOGS: tl.constexpr, SCORES: tl.constexpr,
@@ -55,7 +58,7 @@ def _add_tile(
 
     The tile of scores lies as [BR, BC], or TURNED as [BC, BR]: as the second product's left operand.
     """
-    b_row = slot(p_rows, o_r, row_length, 0, 0)  # [BR]
+    b_row = slot(p_rows, o_r, row_length, 0)  # [BR]
     b_q = load_tile(p_q, tile_offsets(b_row, sqr, o_d, WIDE), o_d, D, BD, UPCAST)  # [BR, BD]
     if TURNED:
         b_dot = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BC, BR]
@@ -64,7 +67,7 @@ def _add_tile(
     b_g = b_dot
     b_x = b_dot
     if INSIDE:
-        o_w = workspace_offsets(by_row(o_r - row_start, TURNED), by_key(o_c, TURNED), pitch)
+        o_w = workspace_offsets(by_row(o_r, TURNED), by_key(o_c, TURNED), pitch)
         b_g = tl.load(p_g + o_map + o_w)
         if LOGS:
             b_x = tl.load(p_x + o_map + o_w)
@@ -72,10 +75,10 @@ def _add_tile(
     b_fold = b_l
     b_delta = b_l
     if not SCORES:
-        b_fold = tl.load(p_fold + b_row)  # [BR]
-        b_delta = tl.load(p_delta + b_row)  # [BR]
+        b_fold = slot(p_vectors, o_r, row_length, 0)  # [BR]
+        b_delta = slot(p_vectors, o_r, row_length, 1)  # [BR]
         if LOGS:
-            b_l = tl.load(p_lse + b_row)  # [BR]
+            b_l = slot(p_vectors, o_r, row_length, 2)  # [BR]
     b_ds = score_gradient(
         b_dot, b_g, b_x, by_row(b_l, TURNED), by_row(b_fold, TURNED), by_row(b_delta, TURNED),
         factor, cap, INSIDE, LOGS, SCORES, CAP,
@@ -86,15 +89,15 @@ def _add_tile(
             b_see = (b_r >= by_key(b_lo, TURNED)) & (b_r < by_key(b_hi, TURNED))
         else:
             b_j, b_sj, b_bj = b_who
-            b_i = slot(p_rows, o_r, row_length, 1, -1)  # [BR]
-            b_si = slot(p_rows, o_r, row_length, 2, -2)  # [BR]
-            b_bi = slot(p_rows, o_r, row_length, 3, -1)  # [BR]
+            b_i = slot(p_rows, o_r, row_length, 1)  # [BR]
+            b_si = slot(p_rows, o_r, row_length, 2)  # [BR]
+            b_bi = slot(p_rows, o_r, row_length, 3)  # [BR]
             b_see = visible(
                 by_row(b_i, TURNED), by_row(b_si, TURNED), by_row(b_bi, TURNED),
                 by_key(b_j, TURNED), by_key(b_sj, TURNED), by_key(b_bj, TURNED),
                 window, CAUSAL, WINDOW, BLOCKS,
             )  # fmt: skip
-            b_see = b_see & (b_r < row_end)
+            b_see = b_see & (b_r < row_count)
         b_ds = tl.where(b_see, b_ds, 0.0)
     b_ds = b_ds.to(b_q.dtype)
     if not TURNED:
@@ -104,33 +107,34 @@ def _add_tile(
 
 @triton.jit
 def _dk(
-    p_qs, p_ks, p_lse, p_fold, p_delta, p_g, p_x, p_out, p_rows, p_keys,
+    p_qs, p_ks, p_vectors, p_g, p_x, p_out, p_rows, p_keys,
     sqb_s, sqh_s, sqr_s, skb_s, skh_s, skl_s, heads_s, REPEAT_S: tl.constexpr, factor_s, cap_s,
-    rows, row_length, key_length, length, window, row_start, row_end, pitch, space, slope,
+    row_length, key_length, length, window, row_start, row_count, pitch, space, slope,
     BR: tl.constexpr, BC: tl.constexpr, DS: tl.constexpr, BDS: tl.constexpr, CAP_S: tl.constexpr,
     EACH: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr, INSIDE: tl.constexpr,
-    ADD: tl.constexpr, TURNED: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    ADD: tl.constexpr, TURNED: tl.constexpr, EDGE_STAGES: tl.constexpr, VECTORS: tl.constexpr,
     INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
     WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_c, i_k, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    p_rows += i_b * 11 * row_length
+    p_rows += (
+        i_b * 11 * row_length + row_start
+    )  # from here on o_r counts from the chunk's first row
+    p_vectors += i_b * heads_s * VECTORS * row_length + row_start
     p_keys += i_b * 5 * key_length
     p_ks += i_b * skb_s + i_k * skh_s
     p_qs += i_b * sqb_s
 
     o_c = i_c * BC + tl.arange(0, BC)  # [BC]
     o_d = tl.arange(0, BDS)  # [BD]
-    b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
-    b_sj = slot(p_keys, o_c, key_length, 1, -1)  # [BC]
-    b_who = (b_j, b_sj, slot(p_keys, o_c, key_length, 2, -1))
+    b_j = slot(p_keys, o_c, key_length, 0)  # [BC]
+    b_sj = slot(p_keys, o_c, key_length, 1)  # [BC]
+    b_who = (b_j, b_sj, slot(p_keys, o_c, key_length, 2))
     # rows of this chunk that can see each key: what the loop covers, and with INTERVAL the mask
-    b_lo = tl.maximum(slot(p_keys, o_c, key_length, 3, row_length), row_start)  # [BC]
-    b_hi = tl.minimum(slot(p_keys, o_c, key_length, 4, 0), row_end)  # [BC]
-    i_lo, i_hi = reached(b_lo - row_start, b_hi - row_start, BR)
-    i_in, i_out = inner_tiles(
-        b_sj >= 0, b_lo - row_start, b_hi - row_start, i_lo, i_hi, BR, INTERVAL
-    )
+    b_lo = tl.maximum(slot(p_keys, o_c, key_length, 3) - row_start, 0)  # [BC]
+    b_hi = tl.minimum(slot(p_keys, o_c, key_length, 4) - row_start, row_count)  # [BC]
+    i_lo, i_hi = reached(b_lo, b_hi, BR)
+    i_in, i_out = inner_tiles(b_sj >= 0, b_lo, b_hi, i_lo, i_hi, BR, INTERVAL)
     b_k = load_tile(p_ks, tile_offsets(b_j, skl_s, o_d, WIDE), o_d, DS, BDS, UPCAST)  # [BC, BD]
 
     b_acc = tl.zeros([BC, BDS], tl.float32)
@@ -138,24 +142,23 @@ def _dk(
         i_h = i_k * REPEAT_S + i_share
         o_bh = i_b * heads_s + i_h
         i_g = o_bh if EACH else i_b
+        p_head = p_vectors + i_h * VECTORS * row_length
         for i_edge in tl.range(i_lo, i_hi - (i_out - i_in), num_stages=EDGE_STAGES):
-            o_r = row_start + edge_tile(i_edge, i_in, i_out) * BR + tl.arange(0, BR)  # [BR]
+            o_r = edge_tile(i_edge, i_in, i_out) * BR + tl.arange(0, BR)  # [BR]
             b_acc = _add_tile(
                 b_acc, b_k, p_qs + i_h * sqh_s, p_g, p_x, i_g * space,
-                p_fold + o_bh * rows, p_lse + o_bh * rows, p_delta + o_bh * rows,
-                p_rows, o_r, o_c, o_d, b_who, b_lo, b_hi,
-                sqr_s, row_length, window, row_start, row_end, pitch, factor_s, cap_s,
+                p_head, p_rows, o_r, o_c, o_d, b_who, b_lo, b_hi,
+                sqr_s, row_length, window, row_count, pitch, factor_s, cap_s,
                 True, TURNED, INSIDE, DS, BDS, CAP_S, LOGS, SCORES,
                 INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
             )  # fmt: skip
         if INTERVAL:
             for i_r in range(i_in, i_out):
-                o_r = row_start + i_r * BR + tl.arange(0, BR)  # [BR]
+                o_r = i_r * BR + tl.arange(0, BR)  # [BR]
                 b_acc = _add_tile(
                     b_acc, b_k, p_qs + i_h * sqh_s, p_g, p_x, i_g * space,
-                    p_fold + o_bh * rows, p_lse + o_bh * rows, p_delta + o_bh * rows,
-                    p_rows, o_r, o_c, o_d, b_who, b_lo, b_hi,
-                    sqr_s, row_length, window, row_start, row_end, pitch, factor_s, cap_s,
+                    p_head, p_rows, o_r, o_c, o_d, b_who, b_lo, b_hi,
+                    sqr_s, row_length, window, row_count, pitch, factor_s, cap_s,
                     False, TURNED, INSIDE, DS, BDS, CAP_S, LOGS, SCORES,
                     INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
                 )  # fmt: skip
@@ -169,6 +172,17 @@ def _dk(
     tl.store(p_out + o_out, b_acc.to(p_out.dtype.element_ty), mask=m_out)
 
 
+def _by_list(call: Call, heads: HeadTensors) -> Tensor:
+    """[B, H, n, row_length]: fold, delta (and lse in logs) in the order of the row list.
+
+    Tile after tile of rows needs them; so they come as runs and not by the rows' indices.
+    """
+    vectors = [heads.fold, heads.delta, heads.lse][: 3 if call.logs else 2]
+    order = call.lists.rows[:, 0].long()[:, None, None]
+    stacked = torch.stack(vectors, 2)
+    return stacked.gather(3, order.expand(*stacked.shape[:3], -1))
+
+
 def dk(
     call: Call, side: Side, heads: HeadTensors, space: Workspace, out: Tensor, add: bool
 ) -> None:
@@ -177,42 +191,41 @@ def dk(
     Args:
         add: continue from what is in ``out`` (fp32 then); keys on no list are never written.
     """
-    lists: list[KeyList] = [call.lists.compared]
+    vectors = _by_list(call, heads)
+    shared = {
+        **side.arguments("s"),
+        **side.constants("s"),
+        **call.mask_constants(),
+        "p_vectors": vectors,
+        "slope": heads.slope,
+        "p_g": space.g,
+        "p_x": space.x,
+        "p_out": out,
+        "length": side.k.shape[2],
+        "row_start": space.start,
+        "row_count": space.end - space.start,
+        "pitch": space.pitch,
+        "space": space.size,
+        "EACH": heads.each,
+        "LOGS": call.logs,
+        "SCORES": call.scores,
+        "ADD": add,
+        "VECTORS": vectors.shape[2],
+    }
+    _over(call, side, call.lists.compared, {**shared, "INSIDE": True})
     if heads.others:
-        lists.append(call.lists.others)
-    for keys in lists:
-        tile = call.tile("dk_logs" if call.logs else "dk", side.size)
-        launch(
-            _dk,
-            (blocks_of(keys.count, tile.keys), side.heads // side.repeat, call.batch),
-            {
-                **side.arguments("s"),
-                **side.constants("s"),
-                **call.masks(keys),
-                **call.mask_constants(),
-                "p_lse": heads.lse,
-                "p_fold": heads.fold,
-                "p_delta": heads.delta,
-                "slope": heads.slope,
-                "p_g": space.g,
-                "p_x": space.x,
-                "p_out": out,
-                "rows": call.rows,
-                "length": side.k.shape[2],
-                "row_start": space.start,
-                "row_end": space.end,
-                "pitch": space.pitch,
-                "space": space.size,
-                "EACH": heads.each,
-                "LOGS": call.logs,
-                "SCORES": call.scores,
-                "INSIDE": keys is call.lists.compared,
-                "ADD": add,
-                "TURNED": tile.turned,
-                # turned, key bounds and row vectors fill the registers: no room for a second pipeline
-                "EDGE_STAGES": 1 if tile.turned else tile.stages,
-                "BR": tile.rows,
-                "BC": tile.keys,
-            },
-            tile,
-        )
+        _over(call, side, call.lists.others, {**shared, "INSIDE": False})
+
+
+def _over(call: Call, side: Side, keys: KeyList, arguments: dict[str, Any]) -> None:
+    """dk of one list of keys."""
+    tile = call.tile("dk", side.size)
+    # turned, key bounds, row vectors and the workspace's tile fill the registers: no second pipeline
+    stages = 1 if tile.turned and arguments["INSIDE"] else tile.stages
+    launch(
+        _dk,
+        lambda _, size: (blocks_of(keys.count, size), side.heads // side.repeat, call.batch),
+        {**arguments, **call.masks(keys), "TURNED": tile.turned, "EDGE_STAGES": stages},
+        tile,
+        restore=("p_out",),
+    )

@@ -39,7 +39,7 @@ def _add_tile(
     WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """b_acc [BR, BD] plus dS k over the keys o_c."""
-    b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
+    b_j = slot(p_keys, o_c, key_length, 0)  # [BC]
     b_k = load_tile(p_ks, tile_offsets(b_j, skl, o_d, WIDE), o_d, D, BD, UPCAST)  # [BC, BD]
     b_dot = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
     b_g = b_dot
@@ -74,7 +74,8 @@ def _sweep(
     """b_acc [BR, BD] plus dS k over one list of keys: the tiles that need a mask, then the others."""
     i_lo, i_hi = reached(b_lo, b_hi, BC)
     i_in, i_out = inner_tiles(b_here, b_lo, b_hi, i_lo, i_hi, BC, INTERVAL)
-    for i_edge in range(i_lo, i_hi - (i_out - i_in)):
+    # one stage: with a pass or two to go a pipeline would be little but its own beginning
+    for i_edge in tl.range(i_lo, i_hi - (i_out - i_in), num_stages=1):
         o_c = edge_tile(i_edge, i_in, i_out) * BC + tl.arange(0, BC)  # [BC]
         b_acc = _add_tile(
             b_acc, b_q, p_ks, p_g, p_x, p_keys, o_g, o_c, o_d, b_who, b_lo, b_hi,
@@ -113,7 +114,7 @@ def _dq(
 
     o_r = row_start + i_r * BR + tl.arange(0, BR)  # [BR]
     o_d = tl.arange(0, BDS)  # [BD]
-    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6, key_length)
+    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6)
     b_here = (o_r < row_end) & (b_who[0] >= 0)  # [BR]
     i_g = o_bh if EACH else i_b
     o_g = o_r - row_start  # [BR]
@@ -138,7 +139,7 @@ def _dq(
         INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
     )  # fmt: skip
     if OTHERS:
-        b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 8, key_length)
+        b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 8)
         b_acc = _sweep(
             b_acc, b_q, p_ks, p_g, p_x, p_others + i_b * 5 * key_length, o_g, o_d,
             b_here, b_who, b_lo, b_hi,
@@ -171,10 +172,10 @@ class HeadTensors:
 
 def dq(call: Call, side: Side, heads: HeadTensors, space: Workspace, out: Tensor) -> None:
     """Write dq of the workspace's rows into out [B, H, R, D], contiguous, zero elsewhere."""
-    tile = call.tile("dq_logs" if call.logs else "dq", side.size)
+    tile = call.tile("dq", side.size)
     launch(
         _dq,
-        (blocks_of(space.end - space.start, tile.rows), side.heads, call.batch),
+        lambda rows, _: (blocks_of(space.end - space.start, rows), side.heads, call.batch),
         {
             **side.arguments("s"),
             **side.constants("s"),
@@ -198,8 +199,6 @@ def dq(call: Call, side: Side, heads: HeadTensors, space: Workspace, out: Tensor
             "LOGS": call.logs,
             "SCORES": call.scores,
             "OTHERS": heads.others,
-            "BR": tile.rows,
-            "BC": tile.keys,
         },
         tile,
     )

@@ -46,7 +46,7 @@ def _add_tile(
 ):  # fmt: skip
     """The state with the keys o_c in it."""
     b_ms, b_ls, b_mt, b_lt, b_a, b_b = state
-    b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
+    b_j = slot(p_keys, o_c, key_length, 0)  # [BC]
     b_k = load_tile(p_ks, tile_offsets(b_j, skl_s, o_ds, WIDE), o_ds, DS, BDS, UPCAST)
     b_s = tl.dot(b_qs, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
     b_s = log2_scores(b_s, factor_s, cap_s, CAP_S)
@@ -134,7 +134,7 @@ def _head_kl(
 
     o_r = i_r * BR + tl.arange(0, BR)  # [BR]
     o_ds, o_dt = tl.arange(0, BDS), tl.arange(0, BDT)  # [BD]
-    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6, key_length)
+    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6)
     b_qs = load_tile(p_qs, tile_offsets(b_row, sqr_s, o_ds, WIDE), o_ds, DS, BDS, UPCAST)
     b_qt = load_tile(p_qt, tile_offsets(b_row, sqr_t, o_dt, WIDE), o_dt, DT, BDT, UPCAST)
     b_never = tl.full([BR], float("-inf"), tl.float32)
@@ -146,7 +146,7 @@ def _head_kl(
         INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
     )  # fmt: skip
     if OTHERS:
-        b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 8, key_length)
+        b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 8)
         state = _sweep(
             state, b_qs, b_qt, p_ks, p_kt, p_others + i_b * 5 * key_length, o_ds, o_dt,
             b_who, b_lo, b_hi, skl_s, skl_t, key_length, window, factor_s, cap_s, factor_t, cap_t,
@@ -198,7 +198,7 @@ def head_kl(
     tile = call.tile("head_kl", max(student.size, teacher.size))
     launch(
         _head_kl,
-        (blocks_of(call.lists.row_count, tile.rows), student.heads, call.batch),
+        lambda rows, _: (blocks_of(call.lists.row_count, rows), student.heads, call.batch),
         {
             **student.arguments("s"),
             **student.constants("s"),
@@ -216,8 +216,6 @@ def head_kl(
             "SINK_S": sink_s is not None,
             "SINK_T": sink_t is not None,
             "OTHERS": others,
-            "BR": tile.rows,
-            "BC": tile.keys,
         },
         tile,
     )

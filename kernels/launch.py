@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import tuning
 from .configs import Tile, tile_for
 from .lists import KeyList, Lists
 
@@ -127,7 +128,8 @@ class Call:
 
     def tile(self, kernel: str, size: int) -> Tile:
         """The configuration of a kernel for head size ``size``."""
-        return tile_for(kernel, architecture(self.device), size, self.dtype.itemsize)
+        variant = "logs" if self.logs else "scores" if self.scores else ""
+        return tile_for(kernel, variant, architecture(self.device), size, self.dtype.itemsize)
 
     def multiprocessors(self) -> int:
         """How many programs run at once, about; what splitting few rows aims at."""
@@ -170,14 +172,36 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], tile: Tile) -> None:
-    """Run a kernel once (or hand it to the recorder)."""
+def launch(
+    kernel: Any,
+    grid: Callable[[int, int], tuple[int, ...]],
+    arguments: dict[str, Any],
+    tile: Tile,
+    restore: tuple[str, ...] = (),
+) -> None:
+    """Run a kernel once (or hand it to the recorder).
+
+    Args:
+        grid: rows and keys of a tile -> how many programs. arguments: all but the tile's size, BR and BC.
+        restore: arguments that the kernel both reads and writes (``tuning``).
+    """
+    sized = {**arguments, "BR": tile.rows, "BC": tile.keys}
     if recorder is not None:
-        recorder(kernel, arguments, tile)
+        recorder(kernel, sized, tile)
         return
-    if 0 in grid:
+    programs = grid(tile.rows, tile.keys)
+    if 0 in programs:
         return
-    kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+    if tuning.wanted() and not interpreting() and not _capturing():
+        chosen = tuning.tuned(kernel, tile, restore)
+        chosen[lambda meta: grid(meta["BR"], meta["BC"])](**arguments, enable_fp_fusion=True)
+        return
+    kernel[programs](**sized, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured: nothing can be timed then."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def blocks_of(count: int, size: int) -> int:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .configs import GRAIN
+
 #: First of the two slots of a row that hold its range in a list of keys.
 EVERY, COMPARED, OTHERS = 4, 6, 8
-_PAD = 16  # list lengths are multiples of this, so that every slot starts aligned
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def _key_list(
 def _stack(slots: list[Tensor], fill: list[int]) -> Tensor:
     """[B, slots, padded length] int32."""
     entries = torch.stack(slots, 1).to(torch.int32)
-    padded = -(-max(entries.shape[2], 1) // _PAD) * _PAD
+    padded = -(-max(entries.shape[2], 1) // GRAIN) * GRAIN
     out = torch.tensor(fill, dtype=torch.int32, device=entries.device)
     out = out.view(1, -1, 1).repeat(entries.shape[0], 1, padded)
     out[:, :, : entries.shape[2]] = entries

@@ -67,8 +67,8 @@ def _map_gradient(
     )
 
     o_r = row_start + i_r * BR + tl.arange(0, BR)  # [BR]
-    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6, key_length)
-    b_ordinal = slot(p_rows, o_r, row_length, 10, 0)  # [BR]
+    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6)
+    b_ordinal = slot(p_rows, o_r, row_length, 10)  # [BR]
     b_here = b_who[0] >= 0  # [BR]
     i_lo, i_hi = reached(b_lo, b_hi, BC)
     i_lo, i_hi = part_of(i_lo, i_hi, i_part, parts)
@@ -86,7 +86,7 @@ def _map_gradient(
     b_sum = tl.zeros([BR], tl.float32)
     for i_c in range(i_lo, i_hi):
         o_c = i_c * BC + tl.arange(0, BC)  # [BC]
-        b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
+        b_j = slot(p_keys, o_c, key_length, 0)  # [BC]
         b_see = seen_keys(
             p_keys, o_c, b_j, b_lo, b_hi, b_who, key_length, window,
             INTERVAL, CAUSAL, WINDOW, BLOCKS,
@@ -123,10 +123,6 @@ def _map_gradient(
             b_g = tl.load(p_g + o_w)
             b_x = tl.load(p_x + o_w)
             tl.store(p_g + o_w, b_g - tl.exp2(b_x) * b_sum[:, None])
-
-
-#: What workspaces are padded to: every tile's rows and keys divide it.
-GRAIN = 128
 
 
 @dataclass(frozen=True)
@@ -182,7 +178,7 @@ def map_gradient(call: Call, maps: MapTensors, upstream: Upstream, space: Worksp
     coefficients = upstream.coefficients
     launch(
         _map_gradient,
-        (row_blocks, parts, call.batch * call.groups),
+        lambda rows, _: (blocks_of(space.end - space.start, rows), parts, call.batch * call.groups),
         {
             **maps.arguments(call),
             **call.masks(call.lists.compared),
@@ -203,8 +199,6 @@ def map_gradient(call: Call, maps: MapTensors, upstream: Upstream, space: Worksp
             "DIVERGENCE": call.divergence,
             "RENORMALISE": maps.visual,
             "POOLED": up is not None,
-            "BR": tile.rows,
-            "BC": tile.keys,
         },
         tile,
     )

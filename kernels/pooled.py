@@ -51,11 +51,9 @@ def _pooled_sums(
     p_weight += i_b * rows
 
     o_c = i_c * BC + tl.arange(0, BC)  # [BC]
-    b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
-    b_used = slot(p_keys, o_c, key_length, 1, -1) >= 0  # [BC]
-    i_lo, i_hi = reached(
-        slot(p_keys, o_c, key_length, 3, row_length), slot(p_keys, o_c, key_length, 4, 0), BR
-    )
+    b_j = slot(p_keys, o_c, key_length, 0)  # [BC]
+    b_used = slot(p_keys, o_c, key_length, 1) >= 0  # [BC]
+    i_lo, i_hi = reached(slot(p_keys, o_c, key_length, 3), slot(p_keys, o_c, key_length, 4), BR)
     i_lo, i_hi = part_of(i_lo, i_hi, i_part, parts)
 
     b_n = tl.zeros([BC], tl.float32)
@@ -65,7 +63,7 @@ def _pooled_sums(
     b_mt = tl.full([BC], float("-inf"), tl.float32)
     for i_r in range(i_lo, i_hi):
         o_r = i_r * BR + tl.arange(0, BR)  # [BR]
-        b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6, key_length)
+        b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6)
         b_see = seen_keys(
             p_keys, o_c, b_j, b_lo, b_hi, b_who, key_length, window,
             INTERVAL, CAUSAL, WINDOW, BLOCKS,
@@ -102,9 +100,10 @@ def pooled_sums(call: Call, maps: MapTensors, weight: Tensor, length: int) -> Te
         weight: [B, R] fp32, contiguous. length: L.
     """
     tile = call.tile("pooled_sums", maps.size)
-    column_blocks = blocks_of(call.lists.compared.count, tile.keys)
+    columns = call.lists.compared.count
+    programs = blocks_of(columns, tile.keys) * call.batch * call.groups
     most = blocks_of(call.lists.row_count, tile.rows)
-    parts = splits_for(column_blocks * call.batch * call.groups, most, call.multiprocessors())
+    parts = splits_for(programs, most, call.multiprocessors())
     out = torch.zeros(
         (parts, 3, call.batch, call.groups, length), dtype=torch.float32, device=call.device
     )
@@ -112,7 +111,7 @@ def pooled_sums(call: Call, maps: MapTensors, weight: Tensor, length: int) -> Te
         out[:, :2] = -torch.inf
     launch(
         _pooled_sums,
-        (column_blocks, parts, call.batch * call.groups),
+        lambda _, keys: (blocks_of(columns, keys), parts, call.batch * call.groups),
         {
             **maps.arguments(call),
             **call.masks(call.lists.compared),
@@ -121,8 +120,6 @@ def pooled_sums(call: Call, maps: MapTensors, weight: Tensor, length: int) -> Te
             "p_out": out,
             "parts": parts,
             "length": length,
-            "BR": tile.rows,
-            "BC": tile.keys,
         },
         tile,
     )

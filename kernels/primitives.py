@@ -5,9 +5,9 @@ probability is ``exp2(x - l)`` with ``l`` the row's log-sum-exp times log2(e): o
 Natural logarithms appear only where a kernel writes to memory that others read.
 
 Lists. Rows and keys are index lists with int32 descriptors, slot by slot ([B, slots, length]): what a
-tile needs to know about a token costs O(length) memory and no L x L mask exists. Entries behind the
-end of a list have segment -2 (rows) or -1 (keys), which no partner has, and index 0, which is a
-readable address.
+tile needs to know about a token costs O(length) memory and no L x L mask exists. Lists are padded to
+whole tiles. Entries behind the end have segment -2 (rows) or -1 (keys), which no partner has, and index
+0, which is a readable address.
 
 Rows:  0 index into q, 1 position, 2 segment, 3 block, 4-5 range in the list of all keys,
        6-7 in the compared columns, 8-9 in the other keys, 10 ordinal among the selected rows.
@@ -25,25 +25,25 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def slot(p_list, o_i, length, SLOT: tl.constexpr, OTHER: tl.constexpr):
-    """One descriptor of the list entries o_i, OTHER behind the end."""
-    return tl.load(p_list + SLOT * length + o_i, mask=o_i < length, other=OTHER)
+def slot(p_list, o_i, length, SLOT: tl.constexpr):
+    """One descriptor of the list entries o_i; lists are padded to whole tiles, so that none is beyond."""
+    return tl.load(p_list + SLOT * length + o_i)
 
 
 @triton.jit
-def row_block(p_rows, o_r, length, LO: tl.constexpr, none):
+def row_block(p_rows, o_r, length, LO: tl.constexpr):
     """A block of the row list: (index into q, (position, segment, block), lo, hi), each [BR].
 
     [lo, hi): the entries of a key list that a row can see, LO the slot of lo. Rows behind the end see
-    [none, 0), ``none`` at least as large as any entry.
+    [L, 0).
     """
-    b_row = slot(p_rows, o_r, length, 0, 0)
+    b_row = slot(p_rows, o_r, length, 0)
     b_who = (
-        slot(p_rows, o_r, length, 1, -1),
-        slot(p_rows, o_r, length, 2, -2),
-        slot(p_rows, o_r, length, 3, -1),
+        slot(p_rows, o_r, length, 1),
+        slot(p_rows, o_r, length, 2),
+        slot(p_rows, o_r, length, 3),
     )
-    return b_row, b_who, slot(p_rows, o_r, length, LO, none), slot(p_rows, o_r, length, LO + 1, 0)
+    return b_row, b_who, slot(p_rows, o_r, length, LO), slot(p_rows, o_r, length, LO + 1)
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def key_positions(p_keys, o_c, length, last, DENSE: tl.constexpr):
     if DENSE:
         return tl.minimum(o_c, last)
     else:
-        return slot(p_keys, o_c, length, 0, 0)
+        return slot(p_keys, o_c, length, 0)
 
 
 @triton.jit
@@ -127,11 +127,13 @@ def seen_keys(
     are interleaved (``lists.build_lists``); else positions, segments and blocks are compared.
     """
     if INTERVAL:
-        return (o_c[None, :] >= b_lo[:, None]) & (o_c[None, :] < b_hi[:, None])
+        # in one comparison: what lies below lo wraps to a huge number
+        b_width = tl.maximum(b_hi - b_lo, 0).to(tl.uint32)
+        return (o_c[None, :] - b_lo[:, None]).to(tl.uint32) < b_width[:, None]
     else:
         b_i, b_si, b_bi = b_who
-        b_sj = slot(p_keys, o_c, length, 1, -1)  # [BC]
-        b_bj = slot(p_keys, o_c, length, 2, -1)  # [BC]
+        b_sj = slot(p_keys, o_c, length, 1)  # [BC]
+        b_bj = slot(p_keys, o_c, length, 2)  # [BC]
         return visible(
             b_i[:, None], b_si[:, None], b_bi[:, None], b_j[None, :], b_sj[None, :], b_bj[None, :],
             window, CAUSAL, WINDOW, BLOCKS,

@@ -39,7 +39,7 @@ def _add_tile(
     WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """delta [BR] with the columns o_c in it."""
-    b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
+    b_j = slot(p_keys, o_c, key_length, 0)  # [BC]
     b_k = load_tile(p_ks, tile_offsets(b_j, skl, o_d, WIDE), o_d, D, BD, UPCAST)  # [BC, BD]
     o_w = workspace_offsets(o_g[:, None], o_c[None, :], pitch)  # [BR, BC]
     b_g = tl.load(p_g + o_w)
@@ -86,7 +86,7 @@ def _row_delta(
 
     o_r = row_start + i_r * BR + tl.arange(0, BR)  # [BR]
     o_d = tl.arange(0, BDS)  # [BD]
-    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6, key_length)
+    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6)
     i_lo, i_hi = reached(b_lo, b_hi, BC)
     i_in, i_out = inner_tiles(b_who[0] >= 0, b_lo, b_hi, i_lo, i_hi, BC, INTERVAL)
     p_g += (i_b * groups + i_g) * space
@@ -127,7 +127,7 @@ def row_delta(call: Call, side: Side, lse: Tensor, space: Workspace, delta: Tens
     tile = call.tile("row_delta", side.size)
     launch(
         _row_delta,
-        (blocks_of(space.end - space.start, tile.rows), delta.shape[1], call.batch),
+        lambda rows, _: (blocks_of(space.end - space.start, rows), delta.shape[1], call.batch),
         {
             **side.arguments("s"),
             **side.constants("s"),
@@ -147,8 +147,6 @@ def row_delta(call: Call, side: Side, lse: Tensor, space: Workspace, delta: Tens
             "HEADS": call.heads,
             "LOGS": call.logs,
             "SCORES": call.scores,
-            "BR": tile.rows,
-            "BC": tile.keys,
         },
         tile,
     )

@@ -74,7 +74,7 @@ def _row_lse(
 
     o_r = i_r * BR + tl.arange(0, BR)  # [BR]
     o_d = tl.arange(0, BDS)  # [BD]
-    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, LO, key_length)
+    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, LO)
     b_here = b_who[0] >= 0  # [BR]
     i_lo, i_hi = reached(b_lo, b_hi, BC)
     i_lo, i_hi = part_of(i_lo, i_hi, i_part, parts)
@@ -120,7 +120,7 @@ def row_lse(call: Call, side: Side, keys: KeyList, sink: Tensor | None) -> Tenso
     )
     launch(
         _row_lse,
-        (row_blocks, parts, call.batch * side.heads),
+        lambda rows, _: (blocks_of(call.lists.row_count, rows), parts, call.batch * side.heads),
         {
             **side.arguments("s"),
             **side.constants("s"),
@@ -130,8 +130,6 @@ def row_lse(call: Call, side: Side, keys: KeyList, sink: Tensor | None) -> Tenso
             "rows": call.rows,
             "parts": parts,
             "n_batch": call.batch,
-            "BR": tile.rows,
-            "BC": tile.keys,
             "LO": keys.slot,
             "DENSE": keys.dense,
             "last": keys.last,

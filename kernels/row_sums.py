@@ -27,15 +27,15 @@ def _row_sums(
     p_rows += i_b * 11 * row_length
     p_keys += i_b * 5 * key_length
     o_r = i_r * BR + tl.arange(0, BR)  # [BR]
-    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6, key_length)
-    b_ordinal = slot(p_rows, o_r, row_length, 10, 0)  # [BR]
+    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6)
+    b_ordinal = slot(p_rows, o_r, row_length, 10)  # [BR]
     b_here = b_who[0] >= 0  # [BR]
     i_lo, i_hi = reached(b_lo, b_hi, BC)
     b_entries = tl.zeros([BR], tl.int32)
     b_mass = tl.zeros([BR], tl.float32)
     for i_c in range(i_lo, i_hi):
         o_c = i_c * BC + tl.arange(0, BC)  # [BC]
-        b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
+        b_j = slot(p_keys, o_c, key_length, 0)  # [BC]
         b_see = seen_keys(
             p_keys, o_c, b_j, b_lo, b_hi, b_who, key_length, window,
             INTERVAL, CAUSAL, WINDOW, BLOCKS,
@@ -67,8 +67,8 @@ def row_sums(call: Call, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
     masks: dict[str, Any] = call.mask_constants()
     launch(
         _row_sums,
-        (
-            blocks_of(call.lists.row_count, tile.rows),
+        lambda rows, _: (
+            blocks_of(call.lists.row_count, rows),
             1 if target is None else call.groups,
             call.batch,
         ),
@@ -82,8 +82,6 @@ def row_sums(call: Call, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
             "stn": 0 if target is None else target.stride(2),
             "rows": call.rows,
             "groups": call.groups,
-            "BR": tile.rows,
-            "BC": tile.keys,
             "TARGET": target is not None,
             **{name: masks[name] for name in ("INTERVAL", "CAUSAL", "WINDOW", "BLOCKS")},
         },

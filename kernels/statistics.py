@@ -68,8 +68,8 @@ def _statistics(
     )
 
     o_r = i_r * BR + tl.arange(0, BR)  # [BR]
-    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6, key_length)
-    b_ordinal = slot(p_rows, o_r, row_length, 10, 0)  # [BR]
+    b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6)
+    b_ordinal = slot(p_rows, o_r, row_length, 10)  # [BR]
     b_here = b_who[0] >= 0  # [BR]
     i_lo, i_hi = reached(b_lo, b_hi, BC)
     i_lo, i_hi = part_of(i_lo, i_hi, i_part, parts)
@@ -83,7 +83,7 @@ def _statistics(
         n_columns = tl.load(p_width + i_b).to(tl.int32)
     for i_c in range(i_lo, i_hi):
         o_c = i_c * BC + tl.arange(0, BC)  # [BC]
-        b_j = slot(p_keys, o_c, key_length, 0, 0)  # [BC]
+        b_j = slot(p_keys, o_c, key_length, 0)  # [BC]
         b_see = seen_keys(
             p_keys, o_c, b_j, b_lo, b_hi, b_who, key_length, window,
             INTERVAL, CAUSAL, WINDOW, BLOCKS,
@@ -155,7 +155,7 @@ def _launch(
     )
     launch(
         _statistics,
-        (blocks_of(call.lists.row_count, tile.rows), parts, call.batch * call.groups),
+        lambda rows, _: (blocks_of(call.lists.row_count, rows), parts, call.batch * call.groups),
         {
             **maps.arguments(call),
             **call.masks(call.lists.compared),
@@ -165,8 +165,6 @@ def _launch(
             "parts": parts,
             "DIVERGENCE": call.divergence,
             "MOMENTS": width is not None,
-            "BR": tile.rows,
-            "BC": tile.keys,
         },
         tile,
     )

@@ -36,13 +36,14 @@ from .contract import Forward, Gradients, empty_forward
 
 _kernels.locate()
 try:
+    from ..kernels.configs import GRAIN
     from ..kernels.dk import dk as write_dk
     from ..kernels.dq import HeadTensors
     from ..kernels.dq import dq as write_dq
     from ..kernels.head_kl import head_kl
     from ..kernels.launch import Call, Side, interpreting, upcast
     from ..kernels.lists import build_lists
-    from ..kernels.map_gradient import GRAIN, Upstream, Workspace, map_gradient
+    from ..kernels.map_gradient import Upstream, Workspace, map_gradient
     from ..kernels.maps import MapTensors
     from ..kernels.pooled import pooled_sums
     from ..kernels.row_delta import row_delta
