@@ -10,6 +10,7 @@ from .._version import __version__
 from .ablate import ablate
 from .analyze import analyze
 from .bench import bench
+from .cache import cache
 from .check import check
 from .distill import distill
 from .eval import evaluate
@@ -31,6 +32,7 @@ def build_app() -> typer.Typer:
     app.command()(recipes)
     app.command()(init)
     app.command()(check)
+    app.command()(cache)
     app.command()(distill)
     app.command(name="eval")(evaluate)
     app.command()(analyze)

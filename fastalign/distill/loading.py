@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,18 @@ def load_model(recipe: Recipe, name: str, dtype: str, bits: int | None = None) -
     return model
 
 
+def load_config_model(recipe: Recipe, name: str) -> Any:
+    """A checkpoint's model from its config.json alone: shapes, no weights (meta tensors)."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from . import taf  # noqa: F401  (makes the Auto classes know its checkpoints)
+
+    trust = recipe.models.trust_remote_code
+    config = AutoConfig.from_pretrained(place_of(recipe, name), trust_remote_code=trust)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust)
+
+
 def load_teacher(recipe: Recipe) -> Any:
     models = recipe.models
     return load_model(recipe, models.teacher, models.teacher_dtype, models.teacher_bits).eval()
@@ -79,7 +92,10 @@ def load_processor(recipe: Recipe) -> Any:
     )
 
 
-def load_data(recipe: Recipe, stage: Stage, processor: Any) -> ConversationDataset:
+def load_data(
+    recipe: Recipe, stage: Stage, processor: Any, recorded: Mapping[str, int] | None = None
+) -> ConversationDataset:
+    """A stage's data; ``recorded``: see ``ConversationDataset``."""
     data = recipe.data_of(stage)
     path = resolve(recipe, data.path)
     source, raw = read_records(path)
@@ -92,6 +108,7 @@ def load_data(recipe: Recipe, stage: Stage, processor: Any) -> ConversationDatas
         on_error=data.on_error,
         max_pixels=data.max_pixels,
         limit=data.limit,
+        recorded=recorded,
     )
 
 

@@ -17,28 +17,30 @@ import torch
 from torch import Tensor, nn
 
 from ..maths import unit_count
-from ..models import AttentionAlignment
+from ..models import AttentionAlignment, TeacherCache
+from ..models.cache import AnswerLogits
 from ..models.controls import compared_columns
 from ..models.tokens import Tokens, choose_rows, has_images, read_tokens
 from ..models.view import ModelView
 from .features import hidden_sum, relation_loss
-from .fused import fused_linear_losses
+from .fused import Recorded, fused_linear_losses
 from .heads import HeadTap, check_headless, tapped_head
-from .losses import kd_sum, lm_sum, predicted, predicting, wide
-from .terms import Losses
+from .losses import kd_sum, lm_sum, predicted, predicting, recorded_kd_sum, wide
+from .terms import RECORDED_TERMS, Losses
 from .timing import Stopwatch
 from .vision import same_tower, shared_tower
 
 Batch = Mapping[str, Any]
 #: Entries of a batch that are for the trainer and not for the models.
-NOT_INPUTS = ("labels", "skipped_samples")
+NOT_INPUTS = ("labels", "skipped_samples", "recorded")
 
 
 class Objective:
     """The weighted sum of a stage's terms for one student and its teacher.
 
     Args:
-        student, teacher: transformers models; the teacher may be None where no term needs it.
+        student, teacher: transformers models; the teacher may be None where no term needs it, or its
+            recorded targets: batches then have ``recorded``, the number of each sample in them.
         losses: what is summed.
         fused_head: see ``fused_linear_losses``; False forms all logits.
         share_vision: "auto": the tower is run once if it is the same and frozen; "never".
@@ -50,7 +52,7 @@ class Objective:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
+        teacher: nn.Module | TeacherCache | None,
         losses: Losses,
         *,
         fused_head: bool = True,
@@ -69,9 +71,14 @@ class Objective:
         self.weights = losses.weights
         self.fused_head = fused_head
         self.student = ModelView("student", student)
+        self.cache = teacher if isinstance(teacher, TeacherCache) else None
         self.teacher = (
-            ModelView("teacher", teacher) if teacher is not None and losses.needs_teacher else None
+            ModelView("teacher", teacher)
+            if isinstance(teacher, nn.Module) and losses.needs_teacher
+            else None
         )
+        if self.cache is not None:
+            check_cache(self.cache, losses, self.student)
         self.shares_vision = (
             self.teacher is not None
             and share_vision == "auto"
@@ -95,7 +102,6 @@ class Objective:
     # ------------------------------------------------------------------- alignment
 
     def _make_alignment(self) -> AttentionAlignment:
-        assert self.teacher is not None
         spec = self.losses.spec()
         if not self.whole_step:
             if spec.reduction == "element_mean":
@@ -112,12 +118,19 @@ class Objective:
                 )
         chosen = spec if self.whole_step else replace(spec, reduction="sum")
         layers: Any = self.losses.alignment_layers
+        rows = self.losses.alignment_rows
+        teacher: nn.Module | TeacherCache
+        if self.cache is not None:  # layers and rows were chosen when it was recorded
+            teacher, layers, rows = self.cache, None, None
+        else:
+            assert self.teacher is not None
+            teacher = self.teacher.model
         return AttentionAlignment(
             self.student.model,
-            self.teacher.model,
+            teacher,
             spec=chosen,
             layers=layers,
-            rows=self.losses.alignment_rows,
+            rows=rows,
             columns=self.losses.alignment_columns,
             target=self.losses.alignment_target,
             timer=lambda: self.stopwatch.part("alignment"),
@@ -129,7 +142,7 @@ class Objective:
         spec = self.losses.spec()
         if alignment is None or self.whole_step or spec.reduction == "sum":
             return 0.0
-        rule = alignment.rows
+        rule = alignment.rows if self.cache is None else self.cache.manifest["rows"]
         if isinstance(rule, str):
             rule = rule.partition(":")[0]  # a sample's weights add up to the number of all rows
         positions = choose_rows(rule, tokens, batch).positions
@@ -186,7 +199,11 @@ class Objective:
         with ExitStack() as stack:
             enter = stack.enter_context
             if self.alignment is not None:
-                enter(self.alignment.step({**inputs, "labels": batch["labels"]}))
+                enter(
+                    self.alignment.step(
+                        {**inputs, "labels": batch["labels"]}, samples=batch.get("recorded")
+                    )
+                )
             if self.shares_vision and images:
                 assert self.teacher is not None
                 enter(shared_tower(self.student.model, self.teacher.model))
@@ -233,13 +250,13 @@ class Objective:
         if "lm" in scaled or "kd" in scaled:
             rows, targets = predicting(batch["labels"]), predicted(batch["labels"])
             part, lm, kd = self._logit_terms(
-                taps, logits, rows, targets, scaled.get("lm", 0.0), scaled.get("kd", 0.0)
+                batch, taps, logits, rows, targets, scaled.get("lm", 0.0), scaled.get("kd", 0.0)
             )
             parts.append(part)
             sums |= {n: v for n, v in (("lm", lm), ("kd", kd)) if n in scaled}
         if "visual_kd" in scaled:
             part, _, kd = self._logit_terms(
-                taps, logits, tokens.visual, None, 0.0, scaled["visual_kd"]
+                batch, taps, logits, tokens.visual, None, 0.0, scaled["visual_kd"]
             )
             parts.append(part)
             sums["visual_kd"] = kd
@@ -274,8 +291,21 @@ class Objective:
             total = total + part.to(zero.device)
         return total, terms
 
+    def _recorded(self, batch: Batch, rows: Tensor) -> Recorded:
+        """What the teacher predicted at the marked positions [B, L]."""
+        assert self.cache is not None
+        samples = batch.get("recorded")
+        if samples is None:
+            raise ValueError(
+                "the batch lacks 'recorded'; allowed with a TeacherCache: the number of each sample in it"
+            )
+        found = self.cache.answer_logits(samples, rows.sum(-1).tolist())
+        answers = AnswerLogits(*(tensor.to(rows.device) for tensor in found))
+        return Recorded(answers, int(self.cache.manifest["vocabulary"]))
+
     def _logit_terms(
         self,
+        batch: Batch,
         taps: dict[str, HeadTap],
         logits: dict[str, Tensor],
         rows: Tensor,
@@ -290,7 +320,8 @@ class Objective:
         }
         if not lm_weight:
             targets = None
-        with_teacher = bool(kd_weight)
+        with_teacher = bool(kd_weight) and self.cache is None
+        recorded = self._recorded(batch, rows) if kd_weight and self.cache is not None else None
         if self.fused_head:
             student = taps["student"]
             theirs = taps["teacher"] if with_teacher else None
@@ -303,6 +334,7 @@ class Objective:
                 None if theirs is None else theirs.weight.to(device),
                 lm_weight=lm_weight,
                 kd_weight=kd_weight,
+                recorded=recorded,
                 **options,
             )
             return found.total, found.lm, found.kd
@@ -313,4 +345,33 @@ class Objective:
         if with_teacher:
             theirs_logits = logits["teacher"][rows.to(logits["teacher"].device)].to(ours.device)
             kd = kd_sum(ours, theirs_logits, **options)
+        if recorded is not None:
+            vocabulary = recorded.vocabulary
+            kd = recorded_kd_sum(ours, recorded.answers, vocabulary=vocabulary, **options)
         return lm_weight * lm + kd_weight * kd, lm, kd
+
+
+def check_cache(cache: TeacherCache, losses: Losses, student: ModelView) -> None:
+    """Raises: ValueError: recorded targets that do not serve these losses and this student."""
+    if losses.live_terms:
+        raise ValueError(
+            f"teacher is a TeacherCache and losses has {losses.live_terms}; allowed with it: "
+            f"{', '.join(RECORDED_TERMS)}"
+        )
+    made = cache.manifest
+    if losses.kd and made["temperature"] != losses.kd_temperature:
+        raise ValueError(
+            f"losses.kd_temperature is {losses.kd_temperature} and the cache was recorded at "
+            f"{made['temperature']}; allowed: the same"
+        )
+    vocabulary = student.model.get_output_embeddings().weight.shape[0]
+    if losses.kd and made["vocabulary"] > vocabulary:
+        raise ValueError(
+            f"the cache's vocabulary has {made['vocabulary']} tokens and the student's {vocabulary}; "
+            "allowed: one that was recorded for this student"
+        )
+    if losses.alignment and losses.alignment_rows not in (None, made["rows"]):
+        raise ValueError(
+            f"losses.alignment_rows is {losses.alignment_rows!r} and the cache was recorded with "
+            f"{made['rows']!r}; allowed: the same"
+        )

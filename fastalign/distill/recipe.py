@@ -8,6 +8,31 @@ from typing import Any, Literal
 
 from .plain import RecipeError, collected, from_plain, read_entries, to_plain
 from .stages import Data, Stage, stage_from_plain
+from .terms import RECORDED_TERMS
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The teacher's recorded targets, which `fastalign cache` writes and training reads instead of it.
+
+    Attributes:
+        path: a folder; each stage has one in it.
+        top_k: how many of the likeliest tokens are kept at each position before a labelled token; all
+            others are one bucket.
+        entries: how many of the largest entries of each row of an attention map are kept; None: all.
+        dtype: of stored probabilities and maps.
+    """
+
+    path: str
+    top_k: int = 64
+    entries: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "entries"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; allowed: at least 1")
 
 
 @dataclass(frozen=True)
@@ -21,6 +46,7 @@ class Models:
         teacher_dtype: the type that the teacher's weights are loaded in.
         teacher_bits: 8 or 4: quantised by bitsandbytes; None: not.
         trust_remote_code: run code that a checkpoint brings along.
+        cache: train from the teacher's recorded targets; None: run the teacher.
     """
 
     teacher: str
@@ -31,6 +57,7 @@ class Models:
     student_dtype: Literal["float32", "bfloat16"] = "float32"
     teacher_bits: Literal[8, 4] | None = None
     trust_remote_code: bool = False
+    cache: Cache | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +134,12 @@ def recipe_from_plain(values: Any, folder: Path = Path(".")) -> Recipe:
     for i, stage in enumerate(read):
         if stage.data is None and recipe.data is None:
             raise RecipeError(f"stages[{i}] has no data and the recipe has none; allowed: either")
+        live = stage.losses.live_terms
+        if recipe.models.cache is not None and live:
+            raise RecipeError(
+                f"stages[{i}].losses has {live} and models.cache is given; allowed with a cache: "
+                f"{', '.join(RECORDED_TERMS)}"
+            )
     return recipe
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..models import TeacherCache
 from .checkpoints import last_checkpoint, whole_folder
 from .config import DistillConfig
 from .data import Collator
@@ -26,6 +27,7 @@ from .plain import RecipeError, to_plain
 from .recipe import Recipe, recipe_to_plain, resolve
 from .report import model_card, pictures_of, stage_summary, time_table
 from .stages import Stage
+from .targets import cached_stages, open_cache
 from .trainer import DistillTrainer
 
 Say = Callable[[str], None]
@@ -40,29 +42,36 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> dic
     checkpoint, whenever the run was cut off.
 
     Raises:
-        RecipeError: the folder holds a run and resume is False, or one of another recipe.
+        RecipeError: the folder holds a run and resume is False, or one of another recipe; a cache that does
+            not hold the teacher's targets of this recipe.
     """
     output = resolve(recipe, recipe.output)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    processor = load_processor(recipe)
+    caches = {stage.name: open_cache(recipe, stage, processor) for stage in cached_stages(recipe)}
     _claim(recipe, output, resume)
     names = stage_folders(recipe)
     summaries: list[dict[str, Any]] = []
     teacher: Any = None
-    processor = load_processor(recipe)
     for index, stage in enumerate(recipe.stages):
         folder = output / names[index]
         if (folder / "final").is_dir():
             say(f"{names[index]}: done already")
             summaries.append(json.loads((folder / "final" / "stage.json").read_text()))
             continue
-        if teacher is None and (stage.losses.needs_teacher or (index == 0 and recipe.models.taf)):
+        needed = stage.losses.needs_teacher and stage.name not in caches
+        if teacher is None and (needed or (index == 0 and recipe.models.taf)):
             teacher = load_teacher(recipe)
         if index == 0:
             student = load_student(recipe, teacher)
         else:
             before = str((output / names[index - 1] / "final").resolve())
             student = load_model(recipe, before, recipe.models.student_dtype)
+        if stage.name in caches:
+            teacher = caches[stage.name]
+        elif recipe.models.cache is not None:  # the adapter is fetched, that was all it was for
+            teacher = None
         say(f"{names[index]}: {_describe(stage)}")
         summaries.append(_run_stage(recipe, stage, folder, student, teacher, processor, say))
         say(f"{names[index]}: {_outcome(summaries[-1])}\n{time_table(summaries[-1])}")
@@ -84,9 +93,10 @@ def stage_folders(recipe: Recipe) -> list[str]:
 def leave_processes() -> None:
     """Part from the other processes of a finished run, all at once.
 
-    A process must not end while a thread of gloo still lets go of the last collective's tensors: that takes
-    the interpreter's lock, and a thread that asks a dying interpreter for it aborts the process. So the last
-    word is one that gloo speaks in the calling thread, monitored_barrier; by then the threads are done.
+    A process must not end while a thread of gloo still lets go of the last collective's tensors: that
+    takes the interpreter's lock, and a thread that asks a dying interpreter for it aborts the process. So
+    the last word is one that gloo speaks in the calling thread, monitored_barrier; by then the threads are
+    done.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
@@ -203,7 +213,9 @@ def _run_stage(
     say: Say,
 ) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = make_trainer(recipe, stage, folder, student, teacher, processor)
+    recorded = teacher.numbers if isinstance(teacher, TeacherCache) else None
+    dataset = load_data(recipe, stage, processor, recorded)
+    trainer = make_trainer(recipe, stage, folder, student, teacher, processor, dataset)
     drawings = StageDrawings(recipe, stage, trainer, teacher)
     drawings.look("student before")
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))

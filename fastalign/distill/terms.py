@@ -11,6 +11,8 @@ from .divergences import Divergence, check_divergence
 from .features import HIDDEN_DISTANCES
 
 TERMS = ("lm", "kd", "visual_kd", "alignment", "hidden", "relation")
+#: Those that a recorded teacher (``fastalign cache``) suffices for.
+RECORDED_TERMS = ("lm", "kd", "alignment")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class Losses:
     def weights(self) -> dict[str, float]:
         """The terms that are there."""
         return {name: getattr(self, name) for name in TERMS if getattr(self, name)}
+
+    @property
+    def live_terms(self) -> list[str]:
+        """Those that need the teacher itself, of which a recording is not enough."""
+        return [name for name in self.weights if name not in RECORDED_TERMS]
 
     @property
     def needs_teacher(self) -> bool:

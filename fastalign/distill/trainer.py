@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from ..models import TeacherCache
 from .checkpoints import STAGING, SaveError, last_checkpoint, put_in_place, retire
 from .config import DistillConfig
 from .objective import Objective
@@ -31,7 +32,8 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
     Args:
         model: the student, a transformers vision-language model or a PEFT model of one.
         args: a ``DistillConfig``.
-        teacher: a transformers vision-language model; None where no term needs it.
+        teacher: a transformers vision-language model, or its recorded targets (samples then have a
+            ``recorded`` number, see ``ConversationDataset``); None where no term needs it.
         others: the Trainer's.
 
     Attributes:
@@ -45,14 +47,14 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
         self,
         model: nn.Module,
         args: DistillConfig,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | TeacherCache | None = None,
         **others: Any,
     ) -> None:
         super().__init__(model=model, args=args, **others)
         self.loss_is_scaled_for_ga = True
         losses = args.terms()
         self.teacher = teacher
-        if teacher is not None:
+        if isinstance(teacher, nn.Module):
             teacher.eval().requires_grad_(False)
             placed = getattr(teacher, "hf_device_map", None) or getattr(
                 teacher, "quantization_method", None

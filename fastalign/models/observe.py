@@ -59,7 +59,7 @@ def observe(
     see: Callable[[int, LayerState, RowChoice, Tokens], None],
     generator: torch.Generator | None = None,
 ) -> Any:
-    """``model(**inputs)``; ``see`` gets each layer's state, in the order in which they run.
+    """``model(**inputs)``, labels left out; ``see`` gets each layer's state, in the order of their run.
 
     Args:
         layers: None: all that have softmax attention.
@@ -85,5 +85,6 @@ def observe(
 
     taps: dict[nn.Module, Tap] = {view.attentions[i]: Tap(partial(tap, i)) for i in chosen}
     runnable: Any = model
+    unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
     with torch.no_grad(), view.capturing(), tapped(taps):
-        return runnable(**inputs)
+        return runnable(**unlabelled)

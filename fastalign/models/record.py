@@ -98,7 +98,7 @@ class Recorder:
 
     Args:
         vocabulary: only the first so many logits count (of two vocabularies, the shared prefix). None:
-            all.
+            all; afterwards their number.
         head: makes logits [n, V] of n positions' ``output.logits``, where the model's forward left its
             head out. None: they are logits.
     """
@@ -132,6 +132,9 @@ class Recorder:
             self._chosen = "response" if spec.rows == "given" else spec.rows
         else:
             self._chosen = self.rows
+        if self.vocabulary is None:
+            head = ModelView("teacher", self.teacher).model.get_output_embeddings()
+            self.vocabulary = head.out_features
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says of it."""
@@ -313,7 +316,7 @@ class ShardWriter:
 
 def check_facts(path: Path, made: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises: ValueError: a recording of something else; names the first entry that differs."""
-    for name, value in wanted.items():
+    for name, value in json.loads(json.dumps(dict(wanted))).items():
         if made.get(name) != value:
             raise ValueError(
                 f"{path} was recorded with {name} {made.get(name)!r}, and {value!r} is asked for; "

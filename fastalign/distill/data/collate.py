@@ -33,6 +33,8 @@ class Collator:
             values = [item[name] for item in items if name in item]
             if name == "skipped_samples":
                 batch[name] = [reason for value in values for reason in value]
+            elif name == "recorded":
+                batch[name] = values
             elif isinstance(values[0], Tensor):
                 batch[name] = _concatenate(values)
             else:
