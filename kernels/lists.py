@@ -84,6 +84,8 @@ def build_lists(
     batch, length = columns.shape
     row_count, column_count, other_count = positions.shape[1], length, length
     valid = segments >= 0
+    if blocks is not None:  # padding is in no block: it would stretch the range of the block's rows
+        blocks = torch.where(valid, blocks, -1)
     interval, dense = False, False
     if exact and batch:
         counts = [(positions >= 0).sum(-1), columns.sum(-1), (valid & ~columns).sum(-1)]
@@ -137,7 +139,7 @@ def _scattered(segments: Tensor, blocks: Tensor | None, valid: Tensor) -> Tensor
     """
     order = torch.argsort((~valid).to(torch.int8), dim=-1, stable=True)  # valid tokens first
     total = torch.zeros_like(valid[:, 0], dtype=torch.int64)
-    for ids in (segments,) if blocks is None else (segments, torch.where(valid, blocks, -1)):
+    for ids in (segments,) if blocks is None else (segments, blocks):
         token = ids.gather(1, order)
         starts = torch.ones_like(token, dtype=torch.bool)
         starts[:, 1:] = token[:, 1:] != token[:, :-1]

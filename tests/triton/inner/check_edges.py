@@ -103,6 +103,17 @@ def test_masks_that_are_no_intervals(spec: AlignSpec) -> None:
     check(inputs, spec, block_ids=torch.arange(24).view(1, 24) % 3 - 1, window=5)
 
 
+@pytest.mark.parametrize("spec", [MEAN, LOGS], ids=["mean", "logs"])
+def test_padding_in_a_block(spec: AlignSpec) -> None:
+    """A padding token with the block's number lies beyond keys that the block's rows do not see."""
+    inputs = _inputs(spec, 20)
+    blocks, valid = torch.full((1, 20), -1), torch.ones(1, 20, dtype=torch.bool)
+    blocks[:, 2:6], valid[:, -3:] = 0, False
+    blocks[:, -1] = 0
+    inputs.keywords.update(attention_mask=valid, visual_mask=torch.ones_like(valid))
+    check(inputs, spec, block_ids=blocks)
+
+
 @pytest.mark.parametrize("more", [{"window": 4}, {"chunk": 9}, {"causal": False}], ids=str)
 def test_masks_that_are_intervals(more: dict[str, int]) -> None:
     check(_inputs(MEAN, 24), MEAN, **more)
