@@ -6,7 +6,8 @@
 // not be computed again. Where the whole attention fits, no score is ever computed twice.
 //
 // Products run on reals (Plain), or for a side given in bfloat16, where the machine multiplies pairs of
-// them, on the inputs as they are (Pairs). Keys that lie well are read in place, others are packed.
+// them, on the inputs as they are (Pairs); its exponentials are then kept as bfloat16, too. Keys that lie well
+// are read in place, others are packed.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +55,7 @@ template <typename T> class Engine final : public Session {
 
   // What one thread works in.
   struct Scratch {
-    Buffer<T> scores, queries, transposed, column, d_q, d_k, delta;
+    Buffer<T> scores, strip, queries, transposed, column, slopes, d_q, d_k, delta;
     Buffer<char> stretches;
   };
   // Packed keys of one side, by sample: [key_heads, padded keys, stride].
@@ -81,7 +82,7 @@ template <typename T> class Engine final : public Session {
     tile_at_.push_back(0);
     lane_at_.push_back(0);
     for (const Block& block : blocks_) {
-      tile_at_.push_back(tile_at_.back() + block.tile());
+      tile_at_.push_back(tile_at_.back() + tile_size(call_.student, block));
       lane_at_.push_back(lane_at_.back() + block.lanes);
     }
   }
@@ -93,12 +94,16 @@ template <typename T> class Engine final : public Session {
     return call_.heads == kEach ? groups.size() : side.heads;
   }
 
-  // Elements of attention to keep: half of the budget, less two tiles that are worked in.
+  // Elements of attention to keep: half of the budget and what the maps leave of their quarter, less two tiles
+  // that are worked in.
   int64_t slab_size() const {
-    int64_t tile = 0;
-    for (const Block& block : blocks_) tile = std::max(tile, block.tile());
-    const int64_t half = call_.budget / 2 / int64_t(sizeof(T));
-    return std::max(half / 2, half - 2 * tile);
+    int64_t tile = 0, maps = 0;
+    for (const Block& block : blocks_) {
+      tile = std::max({tile, tile_size(call_.student, block), tile_size(call_.teacher, block)});
+      maps += map_size(block, call_.groups);
+    }
+    const int64_t quarter = call_.budget / 4 / int64_t(sizeof(T));
+    return std::max(quarter, 2 * quarter + std::max<int64_t>(0, quarter - maps) - 2 * tile);
   }
 
   void cut_chunks() {
@@ -153,10 +158,23 @@ template <typename T> class Engine final : public Session {
   // Where things of the current chunk or pass lie.
   T* attention(const Pass& pass, int64_t block, int64_t head) {
     return slab_.get() + (tile_at_[block] - tile_at_[pass.blocks.begin]) * pass.heads.size() +
-           (head - pass.heads.begin) * blocks_[block].tile();
+           (head - pass.heads.begin) * (tile_at_[block + 1] - tile_at_[block]);
   }
-  template <typename Tile> Tile strip_factors(Tile tile, int64_t block) const {
-    return tile + blocks_[block].width() * blocks_[block].lanes;
+  // One head's attention for one block of rows: [keys, lanes], and a factor for each strip, [strips, lanes].
+  template <typename Op> struct Tile {
+    typename Op::Stored* entries;
+    T* factors;
+  };
+  template <typename Op> Tile<Op> tile(T* at, const Block& block) const {
+    constexpr int64_t per = sizeof(T) / sizeof(typename Op::Stored);
+    return {reinterpret_cast<typename Op::Stored*>(at), at + block.width() / per * block.lanes};
+  }
+  int64_t tile_size(const FaSide& s, const Block& block) const {
+    int64_t size = 0;
+    with_product(s, [&](auto op) {
+      size = block.tile(sizeof(T) / sizeof(typename decltype(op)::Stored));
+    });
+    return size;
   }
   template <typename Op>
   typename Op::Element* packed_queries(const Pass& pass, int64_t block, int64_t head) {
@@ -190,7 +208,10 @@ template <typename T> class Engine final : public Session {
   template <typename F> void with_product([[maybe_unused]] const FaSide& s, F f) const {
 #ifdef __AVX512BF16__
     if constexpr (kHasPairs<T>)
-      if (s.q.dtype == kBFloat16 && s.k.dtype == kBFloat16 && s.size % 2 == 0) return f(Pairs());
+      if (s.q.dtype == kBFloat16 && s.k.dtype == kBFloat16 && s.size % 2 == 0) {
+        if (keeps_exponentials(s)) return f(Pairs<BFloat16>());
+        return f(Pairs<T>());
+      }
 #endif
     f(Plain<T>());
   }
@@ -246,9 +267,16 @@ template <typename T> class Engine final : public Session {
   template <typename Op, int NV> void score_strip(Rows<typename Op::Element> keys, bool student,
                                                   const Block& block, Range strip, T hidden,
                                                   Scratch& scratch, T* s, Vec<T>* top);
+  // Where a strip's scores go: to their place in a tile that keeps them, or to where their exponentials are
+  // taken.
+  template <typename Stored> T* scores(Stored* kept, bool exponentiate, Scratch& scratch) const {
+    if constexpr (std::is_same_v<Stored, T>)
+      if (!exponentiate) return kept;
+    return scratch.strip.get();
+  }
   template <typename F> void each_column_strip(const Block& block, const T* factors, F f) const;
-  template <int NV> void absorb(bool student, int64_t block, int64_t head, const T* s, const Vec<T>* lse,
-                                T* sum);
+  template <typename Op, int NV> void absorb(bool student, int64_t block, int64_t head,
+                                             const Tile<Op>& tile, const Vec<T>* lse, T* sum);
   template <int NV> void finish_logs(bool student, int64_t block, const T* sum);
   void renormalise(int64_t side, int64_t block);
   void read_target(int64_t block);
@@ -267,6 +295,13 @@ template <typename T> class Engine final : public Session {
   void clear_gradients();
   void map_gradient(int64_t block, int64_t group, const FaCoefficients& c);
   template <typename Op> void pass_gradients(const Pass& pass, bool resident);
+  template <typename Op> void owned_gradients(const Pass& pass, bool resident);
+  template <typename Op> void shared_gradients(const Pass& pass, bool resident);
+  template <typename Op, typename Slopes, typename Then>
+  void head_gradients(const Pass& pass, bool resident, int64_t head, Range blocks, Range keys, Slopes slopes,
+                      Then then, Scratch& scratch);
+  template <typename F> void each_sample(Range blocks, F f) const;
+  void written(Range heads, Range blocks);
 
   // ------------------------------------------------------------------- head_gradient.h
 
@@ -275,17 +310,22 @@ template <typename T> class Engine final : public Session {
                                                  int64_t head, Scratch& scratch, int64_t place);
   template <int NV> void log_sum_exps(int64_t block, int64_t head, Vec<T>* lse) const;
   const T* entry_gradients(int64_t block, int64_t head, Scratch& scratch);
-  template <int NV> void mix_gradient(int64_t block, int64_t head, const T* s, Scratch& scratch);
-  template <int NV> void plain_delta(int64_t block, const T* s, const T* gradient, Vec<T>* delta);
-  template <int NV> void entry_terms(int64_t block, int64_t head, const T* s, const T* gradient, T* x,
-                                     Vec<T>* delta);
+  template <typename Op, int NV> void mix_gradient(int64_t block, int64_t head, const Tile<Op>& tile,
+                                                   Scratch& scratch);
+  template <typename Op, int NV> void plain_delta(int64_t block, const Tile<Op>& tile, const T* gradient,
+                                                  Vec<T>* delta);
+  template <typename Op, int NV> void entry_terms(int64_t block, int64_t head, const Tile<Op>& tile,
+                                                  const T* gradient, T* x, Vec<T>* delta);
   template <typename Op, int NV> void strip_gradient(const Pass& pass, int64_t block, int64_t head,
-                                                     Range strip, Scratch& scratch, int64_t place);
-  template <typename Op, int NV> void finish_strip(Range strip, int64_t end,
-                                                   Rows<typename Op::Element> keys, T* ds, T* d_q);
+                                                     Range strip, Scratch& scratch, int64_t place,
+                                                     T* slopes);
+  template <typename Op, int NV> void query_gradient(Range keys, int64_t end,
+                                                     Rows<typename Op::Element> transposed,
+                                                     const T* slopes, T* d_q);
   void store_query_gradient(int64_t block, int64_t head, const T* in);
-  template <typename Op, bool kFresh> void key_gradient(const Pass& pass, Range heads, Range part,
-                                                        Range keys, int64_t sample, Scratch& scratch);
+  template <typename Op, bool kFresh, typename Slopes>
+  void key_gradient(const Pass& pass, Range heads, Range part, Range keys, int64_t sample, Slopes slopes,
+                    Scratch& scratch);
   T* key_row(const Sample& s, int64_t key_head, int64_t k);
   T head_weight() const { return call_.heads == kMean ? T(1) / T(call_.student.heads) : T(1); }
 
@@ -306,7 +346,7 @@ template <typename T> class Engine final : public Session {
   int64_t together_ = 1, widest_ = 0;  // blocks a thread takes at once; the largest map of a block
   std::vector<int64_t> map_at_;
   std::vector<uint64_t> masks_;
-  Buffer<T> maps_, mass_, slab_, query_rows_, mix_parts_;
+  Buffer<T> maps_, mass_, slab_, slopes_, query_rows_, mix_parts_;
   std::vector<Pass> passes_;
   const T* thresholds_ = nullptr;
 };

@@ -75,11 +75,12 @@ inline void tile(const Stretch<typename Op::Element>* stretches, int64_t count, 
     for (int n = 0; n < NV; ++n) store(c + m * s.c_m + n * W, finish(sum[m][n], n));
 }
 
-// Asks for `count` elements before they are needed; an address past the end of an array does no harm.
-template <typename Element> inline void prefetch(const Element* p, int64_t count) {
+// Asks for `count` elements before they are needed, into the first or the second cache; an address past the end
+// of an array does no harm.
+template <int kCache = 1, typename Element> inline void prefetch(const Element* p, int64_t count) {
   constexpr int64_t line = 64;
   for (int64_t at = 0; at < count * int64_t(sizeof *p); at += line)
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + at);
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + at, 0, 4 - kCache);
 }
 
 // `rows` rows of C, NV vectors wide: full tiles, then the rest in halves.
@@ -89,29 +90,30 @@ inline void strip(const Stretch<typename Op::Element>* stretches, int64_t count,
                   Finish finish) {
   for (; m + MR <= rows; m += MR) {
     if (s.a_k == 1 && count == 1)  // rows of A used once, as the scores' keys: the next tile's
-      for (int64_t next = m + MR; next < std::min<int64_t>(rows, m + 2 * MR); ++next) {
+      for (int64_t next = m + MR; next < std::min<int64_t>(rows, m + 2 * MR); ++next)
         prefetch(stretches->a + next * stretches->a_one, stretches->length);
-        prefetch(c + next * s.c_m, NV * kWidth<typename Op::Real>);
-      }
     tile<Op, MR, NV>(stretches, count, m, b_at, s, c + m * s.c_m, start, finish);
   }
   if constexpr (MR > 1)
     if (m < rows) strip<Op, MR / 2, NV>(stretches, count, b_at, s, c, rows, m, start, finish);
 }
 
+// Tiles of this many rows leave no rest where the rows are a multiple of 8, as a head's dimension.
+template <int NV> constexpr int kEvenRows = kTileRows<NV> >= 8 ? 8 : 4;
+
 // C [rows, NV vectors] (+)= the sum over all stretches; each vector of column n passes through
 // finish(sum, n) before it is stored.
-template <typename Op, int NV, bool kAdd, typename Finish>
+template <typename Op, int NV, bool kAdd, int MR = kTileRows<NV>, typename Finish>
 inline void multiply(const Stretch<typename Op::Element>* stretches, int64_t count, const Strides& s,
                      typename Op::Real* c, int64_t rows, int64_t b_at, Finish finish) {
   using T = typename Op::Real;
   auto start = [](const T* p) { if constexpr (kAdd) return load(p); else return (void)p, Vec<T>{}; };
-  strip<Op, kTileRows<NV>, NV>(stretches, count, b_at, s, c, rows, 0, start, finish);
+  strip<Op, MR, NV>(stretches, count, b_at, s, c, rows, 0, start, finish);
 }
-template <typename Op, int NV, bool kAdd>
+template <typename Op, int NV, bool kAdd, int MR = kTileRows<NV>>
 inline void multiply(const Stretch<typename Op::Element>* stretches, int64_t count, const Strides& s,
                      typename Op::Real* c, int64_t rows, int64_t b_at = 0) {
-  multiply<Op, NV, kAdd>(stretches, count, s, c, rows, b_at, [](auto sum, int) { return sum; });
+  multiply<Op, NV, kAdd, MR>(stretches, count, s, c, rows, b_at, [](auto sum, int) { return sum; });
 }
 
 }  // namespace fastalign::FASTALIGN_ISA

@@ -7,8 +7,8 @@
 //
 // for every visible key: those outside V get the second term alone. A thread takes a key head and a few
 // blocks, strip by strip of the keys: dS of all blocks, their dq, and from the same strips dk, while keys
-// and dS are near. Where threads outnumber key heads, heads and blocks come first and dk follows, with the
-// same chain of additions for every element.
+// and dS are near. Where threads outnumber key heads, dS of several heads and blocks comes first and dk
+// follows, with the same chain of additions for every element.
 #pragma once
 
 #include "head_gradient.h"
@@ -52,95 +52,166 @@ template <typename T>
 template <typename Op>
 void Engine<T>::pass_gradients(const Pass& pass, bool resident) {
   const FaSide& s = call_.student;
-  const int64_t repeat = s.heads / s.key_heads, blocks = pass.blocks.size(), heads = pass.heads.size();
+  const int64_t repeat = s.heads / s.key_heads;
   const int64_t low = blocks_[pass.blocks.begin].sample, high = blocks_[pass.blocks.end - 1].sample;
-  const Range shared{pass.heads.begin / repeat, (pass.heads.end - 1) / repeat + 1};
-  const int64_t owners = (high - low + 1) * shared.size();
-  const bool owned = owners % call_.threads == 0 || owners >= 4 * call_.threads;
-  // With a plane of X for each block, blocks go one by one: several would not fit the budget.
-  const int64_t together = keeps_exponentials(s) && call_.heads != kMix ? kTogether : 1;
-  query_rows_.reset((lane_at_[pass.blocks.end] - lane_at_[pass.blocks.begin]) * heads *
+  const int64_t key_heads = (pass.heads.end - 1) / repeat + 1 - pass.heads.begin / repeat;
+  const int64_t owners = (high - low + 1) * key_heads;
+  query_rows_.reset((lane_at_[pass.blocks.end] - lane_at_[pass.blocks.begin]) * pass.heads.size() *
                     packed_stride<T>(s.size));
   for (Scratch& scratch : scratch_) {
-    scratch.d_q.reset(together * 3 * W * s.size);
+    scratch.d_q.reset(kTogether * 3 * W * s.size);
     scratch.d_k.reset(kStep * packed_stride<T>(s.size));
-    scratch.delta.reset(together * 3 * W);
-    scratch.stretches.reset(kStep / kGranule * (owned ? together : blocks * std::min(heads, repeat)) *
-                            int64_t(sizeof(Stretch<typename Op::Element>)));
+    scratch.delta.reset(kTogether * 3 * W);
   }
-  // Heads and blocks (of one sample) of one owner, and dk from them if it is theirs alone.
-  auto take = [&](Range mine, Range part, bool fresh, int64_t thread) {
+  if (owners % call_.threads == 0 || owners >= 4 * call_.threads) owned_gradients<Op>(pass, resident);
+  else shared_gradients<Op>(pass, resident);
+}
+
+// dS and dq of one head for some blocks of a sample, strip by strip of the keys from keys.begin on; then(strip)
+// follows each. slopes(head, block, key): where dS goes from that key on.
+template <typename T>
+template <typename Op, typename Slopes, typename Then>
+void Engine<T>::head_gradients(const Pass& pass, bool resident, int64_t head, Range blocks, Range keys,
+                               Slopes slopes, Then then, Scratch& scratch) {
+  for (int64_t block = blocks.begin; block < blocks.end; ++block)
+    with_vectors(blocks_[block], [&](auto nv) {
+      enter_head<Op, decltype(nv)::value>(pass, resident, block, head, scratch, block - blocks.begin);
+    });
+  for (int64_t k = keys.begin / kStep * kStep; k < keys.end; k += kStep) {
+    for (int64_t block = blocks.begin; block < blocks.end; ++block)
+      with_vectors(blocks_[block], [&](auto nv) {
+        strip_gradient<Op, decltype(nv)::value>(
+            pass, block, head, {k, k + kStep}, scratch, block - blocks.begin,
+            slopes(head, block, std::max(k, blocks_[block].keys.begin)));
+      });
+    then(Range{k, k + kStep}.clip(keys));
+  }
+  if (call_.wanted & kWantQ)
+    for (int64_t block = blocks.begin; block < blocks.end; ++block)
+      store_query_gradient(block, head, scratch.d_q.get() + (block - blocks.begin) * 3 * W * call_.student.size);
+}
+
+// Each key head of a sample belongs to one thread, which takes its dk along.
+template <typename T>
+template <typename Op>
+void Engine<T>::owned_gradients(const Pass& pass, bool resident) {
+  const FaSide& s = call_.student;
+  const int64_t repeat = s.heads / s.key_heads;
+  // With a plane of X for each block, blocks go one by one: several would not fit the budget.
+  const int64_t together = keeps_exponentials(s) && call_.heads != kMix ? kTogether : 1;
+  for (Scratch& scratch : scratch_) {
+    scratch.slopes.reset(together * kStep * 3 * W);
+    scratch.stretches.reset(kStep / kGranule * together * int64_t(sizeof(Stretch<typename Op::Element>)));
+  }
+  struct Item { int64_t key_head; Range blocks; };
+  std::vector<Item> items;
+  each_sample(pass.blocks, [&](Range blocks) {
+    for (int64_t kv = pass.heads.begin / repeat; kv * repeat < pass.heads.end; ++kv)
+      items.push_back({kv, blocks});
+  });
+  parallel(static_cast<int64_t>(items.size()), call_.threads, [](int64_t) { return 1; },
+           [&](int64_t i, int64_t thread) {
+    const auto& [key_head, part] = items[i];
     Scratch& scratch = scratch_[thread];
     const int64_t sample = blocks_[part.begin].sample;
+    const Range mine = Range{key_head * repeat, (key_head + 1) * repeat}.clip(pass.heads);
     for (int64_t h = mine.begin; h < mine.end; ++h)
       for (int64_t first = part.begin; first < part.end; first += together) {
         const Range now = Range{first, first + together}.clip(part);
-        Range keys{INT64_MAX, 0};
-        for (int64_t block = now.begin; block < now.end; ++block) {
-          with_vectors(blocks_[block], [&](auto nv) {
-            enter_head<Op, decltype(nv)::value>(pass, resident, block, h, scratch, block - first);
-          });
-          keys.begin = std::min(keys.begin, blocks_[block].keys.begin);
-          keys.end = std::max(keys.end, blocks_[block].keys.end);
-        }
         // the first to come writes all of dk, the others add to their part of it
-        const bool first_of_all = fresh && h == mine.begin && first == part.begin;
-        if (first_of_all) keys = samples_[sample].all[0];
-        for (int64_t k = keys.begin / kStep * kStep; k < keys.end; k += kStep) {
-          const Range strip{k, k + kStep};
-          for (int64_t block = now.begin; block < now.end; ++block)
-            with_vectors(blocks_[block], [&](auto nv) {
-              strip_gradient<Op, decltype(nv)::value>(pass, block, h, strip, scratch, block - first);
-            });
-          if (!owned || !(call_.wanted & kWantK)) continue;
-          if (first_of_all) key_gradient<Op, true>(pass, {h, h + 1}, now, strip.clip(keys), sample, scratch);
-          else key_gradient<Op, false>(pass, {h, h + 1}, now, strip.clip(keys), sample, scratch);
+        const bool first_of_all =
+            fresh_[sample * s.key_heads + key_head] && h == mine.begin && first == part.begin;
+        Range keys = samples_[sample].all[0];
+        if (!first_of_all) {
+          keys = blocks_[first].keys;
+          for (int64_t block = first; block < now.end; ++block)
+            keys = {std::min(keys.begin, blocks_[block].keys.begin),
+                    std::max(keys.end, blocks_[block].keys.end)};
         }
-        if (call_.wanted & kWantQ)
-          for (int64_t block = now.begin; block < now.end; ++block)
-            store_query_gradient(block, h, scratch.d_q.get() + (block - first) * 3 * W * s.size);
+        auto slopes = [&](int64_t, int64_t block, int64_t k) {
+          return scratch.slopes.get() + (block - first) * kStep * 3 * W +
+                 (k - std::max(k / kStep * kStep, blocks_[block].keys.begin)) * blocks_[block].lanes;
+        };
+        head_gradients<Op>(pass, resident, h, now, keys, slopes, [&](Range strip) {
+          if (!(call_.wanted & kWantK)) return;
+          if (first_of_all) key_gradient<Op, true>(pass, {h, h + 1}, now, strip, sample, slopes, scratch);
+          else key_gradient<Op, false>(pass, {h, h + 1}, now, strip, sample, slopes, scratch);
+        }, scratch);
       }
-  };
+  });
+  each_sample(pass.blocks, [&](Range blocks) { written(pass.heads, blocks); });
+}
 
-  if (owned) {
-    parallel(owners, call_.threads, [](int64_t) { return 1; }, [&](int64_t i, int64_t thread) {
-      const int64_t sample = low + i / shared.size(), key_head = shared.begin + i % shared.size();
-      Range part{pass.blocks.begin, pass.blocks.begin};
-      while (blocks_[part.begin].sample < sample) ++part.begin;
-      part.end = part.begin;
-      while (part.end < pass.blocks.end && blocks_[part.end].sample == sample) ++part.end;
-      if (part.size() > 0)
-        take(Range{key_head * repeat, (key_head + 1) * repeat}.clip(pass.heads), part,
-             fresh_[sample * s.key_heads + key_head], thread);
-    });
-  } else {
-    parallel(blocks * heads, call_.threads,
-             [&](int64_t i) { return blocks_[pass.blocks.begin + i % blocks].tile(); },
-             [&](int64_t i, int64_t thread) {
-      const int64_t block = pass.blocks.begin + i % blocks, h = pass.heads.begin + i / blocks;
-      take({h, h + 1}, {block, block + 1}, false, thread);
-    });
-    struct Item { int64_t sample, key_head; Range keys; };
-    std::vector<Item> items;
-    if (call_.wanted & kWantK)
-      for (int64_t sample = low; sample <= high; ++sample)
-        for (int64_t kv = shared.begin; kv < shared.end; ++kv)
+// More threads than key heads: dS of as many heads and blocks as an eighth of the budget holds, each by
+// itself, then dk from them, strip by strip.
+template <typename T>
+template <typename Op>
+void Engine<T>::shared_gradients(const Pass& pass, bool resident) {
+  const FaSide& s = call_.student;
+  const int64_t repeat = s.heads / s.key_heads, room = call_.budget / 8 / int64_t(sizeof(T));
+  std::vector<int64_t> at(1, 0);  // entries of the blocks before
+  for (int64_t block = pass.blocks.begin; block < pass.blocks.end; ++block)
+    at.push_back(at.back() + blocks_[block].width() * blocks_[block].lanes);
+  const int64_t step = std::clamp<int64_t>(room / at.back(), 1, pass.heads.size());
+  for (int64_t h = pass.heads.begin; h < pass.heads.end; h += step)
+    for (int64_t first = 0, next; first < pass.blocks.size(); first = next) {
+      next = first + 1;
+      while (next < pass.blocks.size() && (at[next + 1] - at[first]) * step <= room) ++next;
+      const Range heads = Range{h, h + step}.clip(pass.heads);
+      const Range blocks{pass.blocks.begin + first, pass.blocks.begin + next};
+      const int64_t size = at[next] - at[first];
+      slopes_.reset(size * heads.size());
+      for (Scratch& scratch : scratch_)
+        scratch.stretches.reset(kStep / kGranule * blocks.size() * std::min(heads.size(), repeat) *
+                                int64_t(sizeof(Stretch<typename Op::Element>)));
+      auto slopes = [&](int64_t head, int64_t block, int64_t k) {
+        return slopes_.get() + (head - h) * size + at[block - pass.blocks.begin] - at[first] +
+               (k - blocks_[block].keys.begin) * blocks_[block].lanes;
+      };
+      parallel(blocks.size() * heads.size(), call_.threads,
+               [&](int64_t i) { return blocks_[blocks.begin + i % blocks.size()].tile(); },
+               [&](int64_t i, int64_t thread) {
+        const int64_t block = blocks.begin + i % blocks.size();
+        head_gradients<Op>(pass, resident, h + i / blocks.size(), {block, block + 1}, blocks_[block].keys,
+                           slopes, [](Range) {}, scratch_[thread]);
+      });
+      if (!(call_.wanted & kWantK)) continue;
+      struct Item { int64_t sample, key_head; Range keys; };
+      std::vector<Item> items;
+      each_sample(blocks, [&](Range mine) {
+        const int64_t sample = blocks_[mine.begin].sample;
+        for (int64_t kv = heads.begin / repeat; kv * repeat < heads.end; ++kv)
           for (int64_t k = 0; k < samples_[sample].all[0].end; k += kStep)
             items.push_back({sample, kv, Range{k, k + kStep}.clip(samples_[sample].all[0])});
-    parallel(static_cast<int64_t>(items.size()), call_.threads, [](int64_t) { return 1; },
-             [&](int64_t i, int64_t thread) {
-      const auto& [sample, kv, keys] = items[i];
-      const Range mine = Range{kv * repeat, (kv + 1) * repeat}.clip(pass.heads);
-      if (fresh_[sample * s.key_heads + kv])
-        key_gradient<Op, true>(pass, mine, pass.blocks, keys, sample, scratch_[thread]);
-      else key_gradient<Op, false>(pass, mine, pass.blocks, keys, sample, scratch_[thread]);
-    });
+      });
+      parallel(static_cast<int64_t>(items.size()), call_.threads, [](int64_t) { return 1; },
+               [&](int64_t i, int64_t thread) {
+        const auto& [sample, kv, keys] = items[i];
+        const Range mine = Range{kv * repeat, (kv + 1) * repeat}.clip(heads);
+        if (fresh_[sample * s.key_heads + kv])
+          key_gradient<Op, true>(pass, mine, blocks, keys, sample, slopes, scratch_[thread]);
+        else key_gradient<Op, false>(pass, mine, blocks, keys, sample, slopes, scratch_[thread]);
+      });
+      each_sample(blocks, [&](Range mine) { written(heads, mine); });
+    }
+}
+
+// f(blocks of one sample) for every sample that has some of these.
+template <typename T>
+template <typename F>
+void Engine<T>::each_sample(Range blocks, F f) const {
+  for (int64_t first = blocks.begin, next; first < blocks.end; first = next) {
+    next = first + 1;
+    while (next < blocks.end && blocks_[next].sample == blocks_[first].sample) ++next;
+    f(Range{first, next});
   }
-  for (int64_t i = pass.blocks.begin, sample = -1; i < pass.blocks.end; ++i) {
-    if (blocks_[i].sample == sample) continue;
-    sample = blocks_[i].sample;
-    std::fill_n(fresh_.begin() + sample * s.key_heads + shared.begin, shared.size(), false);
-  }
+}
+
+// From now on dk of these heads, for the sample of these blocks, is added to.
+template <typename T> void Engine<T>::written(Range heads, Range blocks) {
+  const int64_t repeat = call_.student.heads / call_.student.key_heads;
+  for (int64_t kv = heads.begin / repeat; kv * repeat < heads.end; ++kv)
+    fresh_[blocks_[blocks.begin].sample * call_.student.key_heads + kv] = false;
 }
 
 // Zeros where no pass will write: rows without a block, keys outside the sweep; and where several add.

@@ -17,7 +17,7 @@ void Engine<T>::enter_head(const Pass& pass, bool resident, int64_t index, int64
   const Block& block = blocks_[index];
   const Sample& s = samples_[block.sample];
   const int64_t size = words<Op>(from);
-  T* x = attention(pass, index, head);
+  const auto tile = this->tile<Op>(attention(pass, index, head), block);
   Element* packed = packed_queries<Op>(pass, index, head);
   Element* queries = Op::pairs ? reinterpret_cast<Element*>(scratch.queries.get()) : packed;
   load_queries<Op>(from, block, head, queries);
@@ -27,23 +27,28 @@ void Engine<T>::enter_head(const Pass& pass, bool resident, int64_t index, int64
               reinterpret_cast<Element*>(scratch.transposed.get()));
     const auto keys = key_rows<Op>(true, block.sample, head);
     const T hidden = call_.normalize != kScores ? -kInfinity<T> : T(0);
-    Vec<T> lse[NV], unused[NV] = {};
+    Vec<T> lse[NV];
+    Sums<T, NV> sums;
+    const bool exponentiate = keeps_exponentials(from);
     log_sum_exps<NV>(index, head, lse);
-    block.each_strip(s.all, [&](int64_t strip, Range part) {
-      T* out = x + (part.begin - block.keys.begin) * lanes;
+    block.each_strip(s.all, [&](int64_t, Range part) {
+      auto* kept = tile.entries + (part.begin - block.keys.begin) * lanes;
+      T* x = scores(kept, exponentiate, scratch);
       Vec<T> top[NV];
-      score_strip<Op, NV>(keys, true, block, part, hidden, scratch, out, top);
-      if (!keeps_exponentials(from)) return;
-      exponentials<T, NV, true>(part.size(), lse, out, unused);
-      std::fill_n(strip_factors(x, index) + strip * lanes, lanes, T(1));
+      score_strip<Op, NV>(keys, true, block, part, hidden, scratch, x, top);
+      if (exponentiate) exponentials(part.size(), lse, x, kept, sums);
     });
+    for (int64_t i = 0; exponentiate && i < block.strips(); ++i)
+      for (int v = 0; v < NV; ++v)
+        store(tile.factors + i * lanes + v * W,
+              sums.stored[v] > 0 ? sums.exact[v] / sums.stored[v] : all<T>(T(1)));
   }
   std::fill_n(scratch.d_q.get() + place * 3 * W * from.size, from.size * lanes, T(0));
   Vec<T> delta[NV] = {};
-  if (call_.heads == kMix) mix_gradient<NV>(index, head, x, scratch);
+  if (call_.heads == kMix) mix_gradient<Op, NV>(index, head, tile, scratch);
   const T* gradient = entry_gradients(index, head, scratch);
-  if (keeps_exponentials(from)) plain_delta<NV>(index, x, gradient, delta);
-  else entry_terms<NV>(index, head, x, gradient, scratch.column.get(), delta);
+  if (keeps_exponentials(from)) plain_delta<Op, NV>(index, tile, gradient, delta);
+  else entry_terms<Op, NV>(index, head, tile, gradient, scratch.column.get(), delta);
   for (int v = 0; v < NV; ++v) store(scratch.delta.get() + place * 3 * W + v * W, delta[v]);
 }
 
@@ -67,8 +72,8 @@ const T* Engine<T>::entry_gradients(int64_t index, int64_t head, Scratch& scratc
 
 // w E of a mixed head, summed over the chunk's groups, and its part of dmix = sum P E.
 template <typename T>
-template <int NV>
-void Engine<T>::mix_gradient(int64_t index, int64_t head, const T* s, Scratch& scratch) {
+template <typename Op, int NV>
+void Engine<T>::mix_gradient(int64_t index, int64_t head, const Tile<Op>& tile, Scratch& scratch) {
   constexpr int lanes = NV * W;
   const FaSide& from = call_.student;
   const Block& block = blocks_[index];
@@ -84,14 +89,14 @@ void Engine<T>::mix_gradient(int64_t index, int64_t head, const T* s, Scratch& s
   for (int64_t g = 0; g < groups; ++g) {
     const T* e = plane(1, index, g);
     Vec<T> sum{};
-    each_column_strip(block, strip_factors(s, index), [&](int64_t c, int64_t end, const T* f) {
+    each_column_strip(block, tile.factors, [&](int64_t c, int64_t end, const T* f) {
       Vec<T> partial{};
       for (; c < end; ++c)
         for (int v = 0; v < NV; ++v) {
           T* out = mixed + c * lanes + v * W;
           const Vec<T> x = load(e + c * lanes + v * W);
           store(out, g == 0 ? x * mix[g] : load(out) + x * mix[g]);
-          const Vec<T> value = load(s + (key[c] - block.keys.begin) * lanes + v * W);
+          const Vec<T> value = load(tile.entries + (key[c] - block.keys.begin) * lanes + v * W);
           partial += x * (exponentials ? value * load(f + v * W) : softmax ? exp<T>(value - lse[v]) : value);
         }
       sum += partial;
@@ -104,16 +109,16 @@ void Engine<T>::mix_gradient(int64_t index, int64_t head, const T* s, Scratch& s
 
 // sum_V P w E where the tile holds exponentials: P = e f.
 template <typename T>
-template <int NV>
-void Engine<T>::plain_delta(int64_t index, const T* s, const T* gradient, Vec<T>* delta) {
+template <typename Op, int NV>
+void Engine<T>::plain_delta(int64_t index, const Tile<Op>& tile, const T* gradient, Vec<T>* delta) {
   constexpr int lanes = NV * W;
   const Block& block = blocks_[index];
   const int32_t* key = samples_[block.sample].key_of_column.data() + block.columns.begin;
-  each_column_strip(block, strip_factors(s, index), [&](int64_t c, int64_t end, const T* f) {
+  each_column_strip(block, tile.factors, [&](int64_t c, int64_t end, const T* f) {
     Vec<T> partial[NV] = {};
     for (; c < end; ++c)
       for (int v = 0; v < NV; ++v)
-        partial[v] += load(s + (key[c] - block.keys.begin) * lanes + v * W) *
+        partial[v] += load(tile.entries + (key[c] - block.keys.begin) * lanes + v * W) *
                       load(gradient + c * lanes + v * W);
     for (int v = 0; v < NV; ++v) delta[v] += partial[v] * load(f + v * W);
   });
@@ -122,8 +127,8 @@ void Engine<T>::plain_delta(int64_t index, const T* s, const T* gradient, Vec<T>
 
 // X where the tile holds scores, [columns, lanes], and its sum; x may be the gradient's own place.
 template <typename T>
-template <int NV>
-void Engine<T>::entry_terms(int64_t index, int64_t head, const T* s, const T* gradient, T* x,
+template <typename Op, int NV>
+void Engine<T>::entry_terms(int64_t index, int64_t head, const Tile<Op>& tile, const T* gradient, T* x,
                             Vec<T>* delta) {
   constexpr int lanes = NV * W;
   const Block& block = blocks_[index];
@@ -135,7 +140,7 @@ void Engine<T>::entry_terms(int64_t index, int64_t head, const T* s, const T* gr
   for (int64_t c = 0; c < block.columns.size(); ++c)
     for (int v = 0; v < NV; ++v) {
       const Vec<T> e = load(gradient + c * lanes + v * W) * head_weight();
-      const Vec<T> value = load(s + (key[c] - block.keys.begin) * lanes + v * W);
+      const Vec<T> value = load(tile.entries + (key[c] - block.keys.begin) * lanes + v * W);
       Vec<T> share = all<T>(T(1));
       if (softmax && !call_.in_logs) share = exp<T>(value - lse[v]);
       if (softmax && call_.in_logs && !each) {
@@ -148,11 +153,48 @@ void Engine<T>::entry_terms(int64_t index, int64_t head, const T* s, const T* gr
     }
 }
 
-// One strip of keys of one block: P (or S) -> dS in place, and its part of dq.
+// Takes dS of two neighbouring keys at a time, and writes it as the products want it. Reals: two lines. Pairs:
+// the pairs along the keys (what dq needs), then one line of pairs along the lanes for each key (dk); dS of a
+// row sums to 0 over the keys, and dq of keys with much in common lives on that, so what one key loses by
+// rounding is carried to the next.
+template <typename Op, int NV, typename T = typename Op::Real> class SlopeWriter {
+ public:
+  explicit SlopeWriter(T* out) : out_(out) {}
+  void write(const Vec<T>* first, const Vec<T>* second) {
+    constexpr int W = kWidth<T>, lanes = NV * W;
+    for (int v = 0; v < NV; ++v) {
+      if constexpr (!Op::pairs) {
+        store(out_ + v * W, first[v]);
+        store(out_ + lanes + v * W, second[v]);
+      }
+#ifdef __AVX512BF16__
+      else {
+        const Vec<T> x = first[v] + lost_[v];
+        const Rounded low(x);
+        const Vec<T> y = second[v] + (x - low.value());
+        const Rounded high(y);
+        lost_[v] = y - high.value();
+        store(out_ + v * W, (Vec<T>)pack(low, high));
+        auto* rows = reinterpret_cast<BFloat16Pair*>(out_ + lanes) + v * W / 2;
+        low.write(rows);
+        high.write(rows + lanes / 2);
+      }
+#endif
+    }
+    out_ += 2 * lanes;
+  }
+
+ private:
+  T* out_;
+  Vec<T> lost_[NV] = {};
+};
+
+// One strip of keys of one block: dS to `slopes`, [keys, lanes], and its part of dq.
 template <typename T>
 template <typename Op, int NV>
 void Engine<T>::strip_gradient(const Pass& pass, int64_t index, int64_t head, Range strip,
-                               Scratch& scratch, int64_t place) {
+                               Scratch& scratch, int64_t place, T* slopes) {
+  static_assert(kGranule % 2 == 0, "strips hold whole pairs of keys");
   constexpr int lanes = NV * W;
   const Block& block = blocks_[index];
   const FaSide& from = call_.student;
@@ -169,92 +211,72 @@ void Engine<T>::strip_gradient(const Pass& pass, int64_t index, int64_t head, Ra
   const auto transposed = wanted ? transposed_keys<Op>(block.sample, head) : Rows<typename Op::Element>{};
   const auto end = static_cast<int64_t>(sample.key.size());
   auto soon = [&](int64_t k) {  // the keys that dq multiplies in a moment
-    if (!wanted || k >= end) return;
-    if (!Op::pairs) prefetch(transposed.first + k * transposed.stride, from.size);
-    else if (k % 2 == 0) prefetch(transposed.first + k / 2 * transposed.stride, from.size);
+    for (int64_t row = Op::pairs ? k / 2 : k; wanted && k < end && row < (Op::pairs ? k / 2 + 1 : k + 2); ++row)
+      prefetch(transposed.first + row * transposed.stride, from.size);
   };
-  T* tile = attention(pass, index, head);
-  T* ds = tile + (keys.begin - block.keys.begin) * lanes;
-  T* out = ds;
+  const auto tile = this->tile<Op>(attention(pass, index, head), block);
+  const auto* in = tile.entries + (keys.begin - block.keys.begin) * lanes;
+  // Queries of pairs are as they were given, without the factor that dk contains: dS gets it here.
+  const T factor = Op::pairs ? query_factor(from) : T(1);
   Vec<T> delta[NV];
-  for (int v = 0; v < NV; ++v) delta[v] = load(scratch.delta.get() + place * 3 * W + v * W);
+  for (int v = 0; v < NV; ++v) delta[v] = load(scratch.delta.get() + place * 3 * W + v * W) * factor;
+  SlopeWriter<Op, NV> out(slopes);
+  auto each = [&](auto slope) {
+    for (int64_t k = keys.begin; k < keys.end; k += 2) {
+      soon(k);
+      Vec<T> two[2][NV];
+      for (int64_t n = 0; n < 2; ++n, in += lanes) slope(k + n, two[n]);
+      out.write(two[0], two[1]);
+    }
+  };
 
   if (keeps_exponentials(from)) {  // with P = e f: dS = e (f w E - f delta)
     const T* gradient = entry_gradients(index, head, scratch);
-    const T* factors = strip_factors(tile, index) + (strip.begin / kStep - block.first_strip()) * lanes;
+    const T* factors = tile.factors + (strip.begin / kStep - block.first_strip()) * lanes;
     Vec<T> scale[NV];
     for (int v = 0; v < NV; ++v) {
-      scale[v] = load(factors + v * W) * head_weight();
+      scale[v] = load(factors + v * W) * (head_weight() * factor);
       delta[v] *= load(factors + v * W);
     }
-    for (int64_t k = keys.begin; k < keys.end; ++k, out += lanes) {
-      soon(k);
+    each([&](int64_t k, Vec<T>* x) {
       const T* e = entries(gradient, k);
       for (int v = 0; v < NV; ++v) {
-        Vec<T> slope = -delta[v];
-        if (e) slope += load(e + v * W) * scale[v];
-        store(out + v * W, load(out + v * W) * slope);
+        const Vec<T> slope = e ? load(e + v * W) * scale[v] - delta[v] : -delta[v];
+        x[v] = load(in + v * W) * slope;
       }
-    }
+    });
   } else {  // dS = (X - P delta) slope of the soft cap / temperature
     const bool softmax = call_.normalize != kScores;
     const T inside = from.softcap ? T(call_.temperature / from.softcap) : T(0);
     const T outside = from.softcap ? T(1 / call_.temperature) : T(1);
     Vec<T> lse[NV] = {};
     if (softmax) log_sum_exps<NV>(index, head, lse);
-    for (int64_t k = keys.begin; k < keys.end; ++k, out += lanes) {
-      soon(k);
+    each([&](int64_t k, Vec<T>* x) {
       const T* term = entries(scratch.column.get(), k);
       for (int v = 0; v < NV; ++v) {
-        const Vec<T> value = load(out + v * W);
-        Vec<T> slope{};
-        if (softmax) slope = -exp<T>(value - lse[v]) * delta[v];
-        if (term) slope += load(term + v * W);
-        if (inside != 0) slope *= outside * (1 - min<T>((value * inside) * (value * inside), all<T>(T(1))));
-        store(out + v * W, slope);
+        const Vec<T> value = load(in + v * W);
+        x[v] = softmax ? -exp<T>(value - lse[v]) * delta[v] : Vec<T>{};
+        if (term) x[v] += load(term + v * W) * factor;
+        if (inside != 0) x[v] *= outside * (1 - min<T>((value * inside) * (value * inside), all<T>(T(1))));
       }
-    }
+    });
   }
-  finish_strip<Op, NV>(keys, end, transposed, ds, scratch.d_q.get() + place * 3 * W * from.size);
+  if (wanted)
+    query_gradient<Op, NV>(keys, end, transposed, slopes, scratch.d_q.get() + place * 3 * W * from.size);
 }
 
-// dq^T [D, lanes] += K^T dS^T over one strip. For pairs, dS first becomes bfloat16 in its own place: of
-// two keys, the pairs along the keys (what dq needs), then one row of pairs along the lanes each (dk). dS of
-// a row sums to 0 over the keys, and dq of keys with much in common lives on that; so what one key loses by
-// rounding is carried to the next.
+// dq^T [D, lanes] += K^T dS^T over one strip.
 template <typename T>
 template <typename Op, int NV>
-void Engine<T>::finish_strip(Range strip, int64_t end, Rows<typename Op::Element> keys, T* ds, T* d_q) {
+void Engine<T>::query_gradient(Range keys, int64_t end, Rows<typename Op::Element> transposed,
+                               const T* slopes, T* d_q) {
   constexpr int lanes = NV * W, per = Op::pairs ? 2 : 1;
-  const FaSide& from = call_.student;
-  auto* elements = reinterpret_cast<typename Op::Element*>(ds);
-  if constexpr (Op::pairs) {
-    static_assert(kGranule % 2 == 0, "strips hold whole pairs of keys");
-    const T factor = query_factor(from);  // here rather than in the queries, which stay as they were given
-    Vec<T> lost[NV] = {};
-    for (int64_t k = 0; k < strip.size(); k += 2) {
-      T* two = ds + k * lanes;
-      Vec<T> low[NV], high[NV];
-      for (int v = 0; v < NV; ++v) {
-        const Vec<T> x = load(two + v * W) * factor + lost[v];
-        low[v] = Op::round(x);
-        const Vec<T> y = load(two + lanes + v * W) * factor + (x - low[v]);
-        high[v] = Op::round(y);
-        lost[v] = y - high[v];
-      }
-      auto* out = elements + k * lanes;
-      for (int v = 0; v < NV; ++v) {
-        store(two + v * W, (Vec<T>)Op::pack(low[v], high[v]));
-        Op::write_row(low[v], out + lanes + v * W / 2);
-        Op::write_row(high[v], out + lanes + lanes / 2 + v * W / 2);
-      }
-    }
-  }
-  if (!(call_.wanted & kWantQ)) return;
-  const int64_t length = (std::min(strip.end, end) - strip.begin + per - 1) / per;
-  const Stretch<typename Op::Element> stretch{keys.first + strip.begin / per * keys.stride, elements, length,
+  const int64_t length = (std::min(keys.end, end) - keys.begin + per - 1) / per;
+  const Stretch<typename Op::Element> stretch{transposed.first + keys.begin / per * transposed.stride,
+                                              reinterpret_cast<const typename Op::Element*>(slopes), length,
                                               1, 2};
-  multiply<Op, NV, true>(&stretch, 1, {keys.stride, per * lanes, lanes}, d_q, from.size);
+  multiply<Op, NV, true, kEvenRows<NV>>(&stretch, 1, {transposed.stride, per * lanes, lanes}, d_q,
+                                        call_.student.size);
 }
 
 // dq^T [D, lanes] of one head and block to the rows of dq. Each belongs to one block and is written once,
@@ -274,12 +296,13 @@ void Engine<T>::store_query_gradient(int64_t index, int64_t head, const T* in) {
   }
 }
 
-// Adds to dk of one strip of keys what some heads and blocks of rows give; kFresh: to zero, not to what lies
-// there. Every element is one chain of additions over heads, blocks and rows, however the calls are cut.
+// Adds to dk of one strip of keys what some heads and blocks of rows give, slopes(head, block, key) being dS
+// from that key on; kFresh: to zero, not to what lies there. Every element is one chain of additions over heads,
+// blocks and rows, however the calls are cut.
 template <typename T>
-template <typename Op, bool kFresh>
+template <typename Op, bool kFresh, typename Slopes>
 void Engine<T>::key_gradient(const Pass& pass, Range heads, Range part, Range keys, int64_t sample,
-                             Scratch& scratch) {
+                             Slopes slopes, Scratch& scratch) {
   using Element = typename Op::Element;
   const FaSide& from = call_.student;
   const Sample& s = samples_[sample];
@@ -296,8 +319,7 @@ void Engine<T>::key_gradient(const Pass& pass, Range heads, Range part, Range ke
         const Block& block = blocks_[i];
         if (block.sample != sample || k < block.keys.begin || k >= block.keys.end) continue;
         const int64_t lanes = block.lanes;
-        const auto* ds = reinterpret_cast<const Element*>(attention(pass, i, h)) +
-                         (k - block.keys.begin) * lanes;
+        const auto* ds = reinterpret_cast<const Element*>(slopes(h, i, k));
         const Element* queries = packed_queries<Op>(pass, i, h);
         if constexpr (Op::pairs)
           stretches[count++] = {ds + lanes, queries, (block.live + 1) / 2, lanes / 2, 2 * lanes};
@@ -320,9 +342,9 @@ void Engine<T>::key_gradient(const Pass& pass, Range heads, Range part, Range ke
     }
   auto columns = [&](auto nv, int64_t d) {
     for (int64_t n = 0; n < granules; ++n) {
-      if (d == 0)
-        for (int64_t i = begin[n + 1]; n + 1 < granules && i < begin[n + 2]; ++i)
-          prefetch(stretches[i].a, kGranule / 2 * stretches[i].a_two);
+      for (int64_t i = begin[n + 1]; n + 1 < granules && i < begin[n + 2]; ++i)
+        for (int64_t k = 0; k < kGranule; k += 2)
+          prefetch(stretches[i].a + k / 2 * stretches[i].a_two, 2 * stretches[i].a_one);
       if (!kFresh && d == 0 && n + 1 < granules)
         for (int64_t k = (n + 1) * kGranule; k < (n + 2) * kGranule; ++k) prefetch(tile + k * apart, padded);
       multiply<Op, decltype(nv)::value, !kFresh>(stretches + begin[n], begin[n + 1] - begin[n],

@@ -9,7 +9,6 @@
 namespace fastalign::FASTALIGN_ISA {
 
 struct Half { uint16_t bits; };
-struct BFloat16 { uint16_t bits; };
 
 inline float from_bits(uint32_t bits) {
   float x;

@@ -80,12 +80,19 @@ template <typename T> void Engine<T>::pack_key_pairs() {
         const Sample& s = samples_[sample];
         auto* out = reinterpret_cast<BFloat16Pair*>(key_pairs_[sample].get()) +
                     (head * s.all[0].end + keys.begin) / 2 * stride;
+        const auto end = static_cast<int64_t>(s.key.size());
+        const bool as_given = in_place<Op>(from, s);
+        const auto given = key_rows<Op>(true, sample, head * (from.heads / from.key_heads));
         std::vector<BFloat16Pair> row[2];
         for (int64_t k = keys.begin; k < keys.end; k += 2, out += stride) {
+          if (as_given && k + 1 < end) {
+            const BFloat16Pair* first = given.first + k * given.stride;
+            interleave(first, first + given.stride, size, out);
+            continue;
+          }
           for (int64_t n = 0; n < 2; ++n) {
             row[n].assign(size, {0});
-            if (k + n < static_cast<int64_t>(s.key.size()))
-              read_pairs(from.k, s.b, head, s.key[k + n], size, size, row[n].data());
+            if (k + n < end) read_pairs(from.k, s.b, head, s.key[k + n], size, size, row[n].data());
           }
           interleave(row[0].data(), row[1].data(), size, out);
         }

@@ -68,7 +68,7 @@ template <typename T> void Engine<T>::enter(const Chunk& chunk) {
     mask_count += block.width();
     map_at_.push_back(map_at_.back() + map_size(block, chunk.groups.size()));
     widest = std::max(widest, block.columns.size() * block.lanes);
-    widest_tile = std::max(widest_tile, block.tile());
+    widest_tile = std::max({widest_tile, tile_size(call_.student, block), tile_size(call_.teacher, block)});
   }
   for (const Pass& pass : passes_)
     slab = std::max(slab, (tile_at_[pass.blocks.end] - tile_at_[pass.blocks.begin]) * pass.heads.size());
@@ -84,6 +84,7 @@ template <typename T> void Engine<T>::enter(const Chunk& chunk) {
   const int64_t size = std::max(call_.student.size, call_.teacher.size);
   for (Scratch& scratch : scratch_) {
     scratch.scores.reset(widest_tile);
+    scratch.strip.reset(kStep * 3 * W);
     scratch.queries.reset(3 * W * packed_stride<T>(size));
     scratch.transposed.reset(3 * W * size);
     if (!keeps_exponentials(call_.student) || !keeps_exponentials(call_.teacher) || call_.heads == kMix)
@@ -144,8 +145,8 @@ void Engine<T>::head_maps(bool student, int64_t index, int64_t h, Scratch& scrat
   const T hidden = softmax ? -kInfinity<T> : T(0);
   auto* queries = reinterpret_cast<Element*>(scratch.queries.get());
   const bool kept = student && !passes_.empty() && passes_.back().holds(index, h);
-  T* tile = kept ? attention(passes_.back(), index, h) : scratch.scores.get();
-  T* factors = strip_factors(tile, index);
+  const auto tile = this->tile<Op>(kept ? attention(passes_.back(), index, h) : scratch.scores.get(), block);
+  T* factors = tile.factors;
   const auto& ranges = kept || (softmax && !known) ? s.all : s.compared;
   const auto keys = key_rows<Op>(student, block.sample, h);
   load_queries<Op>(from, block, h, queries);
@@ -161,20 +162,26 @@ void Engine<T>::head_maps(bool student, int64_t index, int64_t h, Scratch& scrat
     for (int v = 0; v < NV; ++v) lse[v] = load(values + v * W);
   }
   block.each_strip(ranges, [&](int64_t strip, Range part) {
-    T* x = tile + (part.begin - block.keys.begin) * lanes;
+    auto* kept = tile.entries + (part.begin - block.keys.begin) * lanes;
+    T* x = scores(kept, exponentiate, scratch);
+    prefetch<2>(kept, part.size() * lanes);
     Vec<T> top[NV], base[NV];
     score_strip<Op, NV>(keys, student, block, part, hidden, scratch, x, top);
     if (known && exponentiate) {
-      exponentials<T, NV, true>(part.size(), lse, x, running.sum);
-      std::fill_n(factors + strip * lanes, lanes, T(1));
+      exponentials(part.size(), lse, x, kept, running.sums);
     } else if (softmax && !known) {
       running.raise(top, base);
-      if (exponentiate) exponentials<T, NV, true>(part.size(), base, x, running.sum);
-      else exponentials<T, NV, false>(part.size(), base, x, running.sum);
+      exponentials(part.size(), base, x, exponentiate ? kept : nullptr, running.sums);
       for (int v = 0; v < NV; ++v) store(factors + strip * lanes + v * W, running.top[v]);
     }
   });
 
+  const auto& sums = running.sums;
+  Vec<T> stored[NV];  // by which exponentials exceed what is stored of them
+  for (int v = 0; v < NV; ++v) stored[v] = sums.stored[v] > 0 ? sums.exact[v] / sums.stored[v] : all<T>(T(1));
+  if (exponentiate && known)
+    for (int64_t i = 0; i < block.strips(); ++i)
+      for (int v = 0; v < NV; ++v) store(factors + i * lanes + v * W, stored[v]);
   if (softmax && !known) {
     const T sink = from.sink ? static_cast<const T*>(from.sink)[h] / T(call_.temperature)
                              : -kInfinity<T>;
@@ -182,10 +189,10 @@ void Engine<T>::head_maps(bool student, int64_t index, int64_t h, Scratch& scrat
     for (int v = 0; v < NV; ++v) top[v] = all<T>(sink);
     running.raise(top, m);
     for (int v = 0; v < NV; ++v) {
-      running.sum[v] += exp<T>(sink - m[v]);
-      const Ints<T> some = running.sum[v] > 0;
-      lse[v] = some ? m[v] + log<T>(running.sum[v]) : Vec<T>{};
-      f[v] = some ? 1 / running.sum[v] : Vec<T>{};
+      const Vec<T> sum = sums.exact[v] + exp<T>(sink - m[v]);
+      const Ints<T> some = sum > 0;
+      lse[v] = some ? m[v] + log<T>(sum) : Vec<T>{};
+      f[v] = some ? stored[v] / sum : Vec<T>{};
     }
     for (int64_t i = 0; i < block.strips(); ++i, factors += lanes)
       for (int v = 0; v < NV; ++v)
@@ -195,9 +202,10 @@ void Engine<T>::head_maps(bool student, int64_t index, int64_t h, Scratch& scrat
     for (int v = 0; v < NV; ++v) store(values + v * W, lse[v]);
     scatter(values, block, static_cast<T*>(from.lse) + rows);
   }
-  T* sums = call_.in_logs ? scratch.column.get() + place * widest_ : nullptr;
-  absorb<NV>(student, index, h, tile, lse, sums);
-  if (call_.in_logs && style(student) == kMean && h + 1 == from.heads) finish_logs<NV>(student, index, sums);
+  T* log_sums = call_.in_logs ? scratch.column.get() + place * widest_ : nullptr;
+  absorb<Op, NV>(student, index, h, tile, lse, log_sums);
+  if (call_.in_logs && style(student) == kMean && h + 1 == from.heads)
+    finish_logs<NV>(student, index, log_sums);
 }
 
 // f(first column, last, the strip's factors): the block's columns, cut where the strips of keys end.
@@ -213,17 +221,18 @@ void Engine<T>::each_column_strip(const Block& block, const T* factors, F f) con
   }
 }
 
-// Adds one head to the maps; `s` holds its exponentials or scores, `sum` the sums beside running maxima.
+// Adds one head to the maps; the tile holds its exponentials or scores, `sum` the sums beside running maxima.
 template <typename T>
-template <int NV>
-void Engine<T>::absorb(bool student, int64_t index, int64_t head, const T* s, const Vec<T>* lse, T* sum) {
+template <typename Op, int NV>
+void Engine<T>::absorb(bool student, int64_t index, int64_t head, const Tile<Op>& tile, const Vec<T>* lse,
+                       T* sum) {
   constexpr int lanes = NV * W;
   const Block& block = blocks_[index];
   const FaSide& from = side(student);
   const int32_t* key = samples_[block.sample].key_of_column.data();
   const int64_t how = style(student), first = block.columns.begin, columns = block.columns.size();
   const bool starts = head == head_range(from, student, chunk_).begin;
-  auto line = [&](int64_t c) { return s + (key[first + c] - block.keys.begin) * lanes; };
+  auto line = [&](int64_t c) { return tile.entries + (key[first + c] - block.keys.begin) * lanes; };
   T* out = plane(student ? 0 : 1, index, how == kEach ? head - chunk_.groups.begin : 0);
 
   if (call_.in_logs) {
@@ -248,7 +257,7 @@ void Engine<T>::absorb(bool student, int64_t index, int64_t head, const T* s, co
   const T share = how == kMean ? T(1) / T(from.heads) : T(1);
   const bool exponentiated = keeps_exponentials(from), softmax = call_.normalize != kScores;
   auto add = [&](auto value) {
-    each_column_strip(block, strip_factors(s, index), [&](int64_t c, int64_t end, const T* factors) {
+    each_column_strip(block, tile.factors, [&](int64_t c, int64_t end, const T* factors) {
       Vec<T> scale[NV];
       for (int v = 0; v < NV; ++v) scale[v] = exponentiated ? load(factors + v * W) * share : all<T>(share);
       for (; c < end; ++c)

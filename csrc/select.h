@@ -6,6 +6,7 @@
 // the range, one bit a lane.
 #pragma once
 
+#include <numeric>
 #include <unordered_map>
 
 #include "align.h"
@@ -17,8 +18,10 @@ namespace fastalign::FASTALIGN_ISA {
 // Ranges of keys start and end at multiples of this, a whole tile of the dk product.
 constexpr int64_t kGranule = kTileRows<2>;
 
-// Keys per strip of a tile: a strip of scores and the keys that it multiplies stay in the nearest caches.
-constexpr int64_t kStep = 96 / kGranule * kGranule;
+// Keys per strip of a tile, whole tiles of any width: a strip of scores and the keys that it multiplies stay in
+// the nearest caches.
+constexpr int64_t kWhole = std::lcm(kTileRows<2>, kTileRows<3>);
+constexpr int64_t kStep = std::max<int64_t>(1, 96 / kWhole) * kWhole;
 
 struct Range {
   int64_t begin, end;
@@ -46,8 +49,9 @@ struct Block {
   int64_t width() const { return keys.size(); }
   int64_t first_strip() const { return keys.begin / kStep; }
   int64_t strips() const { return (keys.end + kStep - 1) / kStep - first_strip(); }
-  // Elements of one head's attention: [keys, lanes], then a factor for each strip, [strips, lanes].
-  int64_t tile() const { return (width() + strips()) * lanes; }
+  // Reals that one head's attention takes, whose entries are 1 / `per` real each: [keys, lanes], then a
+  // factor for each strip, [strips, lanes].
+  int64_t tile(int64_t per = 1) const { return (width() / per + strips()) * lanes; }
 
   // f(strip's number in the block, its keys) for every part of a strip that lies in one of the ranges.
   template <typename F> void each_strip(const std::vector<Range>& ranges, F f) const {
@@ -181,7 +185,8 @@ inline void cut_blocks(const Sample& s, int64_t sample, int64_t width, int64_t v
     return std::lower_bound(sorted.begin(), sorted.end(), value) - sorted.begin();
   };
   // As few blocks as can be, of equal numbers of vectors but for one: narrow blocks multiply slowly.
-  const int64_t total = round_up(rows, width) / width, count = round_up(total, vectors) / vectors;
+  const int64_t total = round_up(rows, width) / width;
+  const int64_t count = round_up(total, vectors) / vectors;
   for (int64_t n = 0; n < count; ++n) {
     const int64_t first = n * total / count * width, next = (n + 1) * total / count * width;
     Block block{};

@@ -63,24 +63,48 @@ void score_strip(Rows<typename Op::Element> keys, int64_t end, const typename Op
     }
 }
 
-// Adds exp(S - m) of `count` keys to sum[NV]; kKeep: S is replaced by the exponential.
-template <typename T, int NV, bool kKeep>
-void exponentials(int64_t count, const Vec<T>* m, T* s, Vec<T>* sum) {
+// The sums over keys of exponentials, as computed and as stored.
+template <typename T, int NV> struct Sums {
+  Vec<T> exact[NV] = {}, stored[NV] = {};
+};
+
+// exp(S - m) of `count` keys, added to the sums, and unless `out` is null stored there.
+template <typename T, int NV, typename Stored>
+void exponentials(int64_t count, const Vec<T>* m, const T* s, Stored* out, Sums<T, NV>& sums) {
   constexpr int W = kWidth<T>, lanes = NV * W;
-  Vec<T> partial[NV] = {};
-  for (int64_t j = 0; j < count; ++j, s += lanes)
-    for (int v = 0; v < NV; ++v) {
-      const Vec<T> e = exp<T>(load(s + v * W) - m[v]);
-      if constexpr (kKeep) store(s + v * W, e);
-      partial[v] += e;
-    }
-  for (int v = 0; v < NV; ++v) sum[v] += partial[v];
+  Vec<T> from[NV];
+  for (int v = 0; v < NV; ++v) from[v] = base<T>(m[v]);
+  constexpr bool same = std::is_same_v<T, Stored>;
+  Sums<T, NV> part;
+  auto each = [&](auto keep) {
+    for (int64_t j = 0; j < count; ++j, s += lanes)
+      for (int v = 0; v < NV; ++v) {
+        const Vec<T> e = exp_from<T>(load(s + v * W), from[v]);
+        part.exact[v] += e;
+        keep(j * lanes + v * W, v, e);
+      }
+  };
+  if (!out) each([](int64_t, int, Vec<T>) {});
+  else if constexpr (same) each([&](int64_t at, int, Vec<T> e) { store(out + at, e); });
+#ifdef __AVX512BF16__
+  else
+    each([&](int64_t at, int v, Vec<T> e) {
+      const Rounded rounded(e);
+      rounded.write(out + at);
+      part.stored[v] += rounded.value();
+    });
+#endif
+  for (int v = 0; v < NV; ++v) {
+    sums.exact[v] += part.exact[v];
+    sums.stored[v] += same ? part.exact[v] : part.stored[v];
+  }
 }
 
-// The softmax's running maximum and sum over strips. Each strip's exponentials refer to the maximum so
+// The softmax's running maximum and sums over strips. Each strip's exponentials refer to the maximum so
 // far, its base; the factor that turns them into probabilities is known at the end.
 template <typename T, int NV> struct Running {
-  Vec<T> top[NV], sum[NV] = {};
+  Vec<T> top[NV];
+  Sums<T, NV> sums;
 
   Running() { for (auto& x : top) x = all<T>(-kInfinity<T>); }
   // The maximum with one more strip, in finite[NV] 0 for rows that saw nothing yet.
@@ -89,7 +113,9 @@ template <typename T, int NV> struct Running {
       const Vec<T> old = top[v];
       top[v] = max<T>(old, strip_top[v]);
       finite[v] = top[v] == -kInfinity<T> ? Vec<T>{} : top[v];
-      sum[v] *= exp<T>(old - finite[v]);
+      const Vec<T> less = exp<T>(old - finite[v]);
+      sums.exact[v] *= less;
+      sums.stored[v] *= less;
     }
   }
 };

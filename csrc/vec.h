@@ -58,10 +58,12 @@ template <typename T> constexpr T kInfinity = std::numeric_limits<T>::infinity()
 
 // How a matrix product multiplies. Plain: reals. Pairs: one element is two neighbouring bfloat16 of the
 // summed dimension, multiplied and added to a float by one instruction: half the elements of the sum.
+// Stored: what a head's attention is kept as, reals, or for Pairs perhaps bfloat16, as its inputs are.
 template <typename T> struct Plain {
   using Real = T;
   using Element = T;
   using Elements = Vec<T>;
+  using Stored = T;
   static constexpr bool pairs = false;
   static Elements broadcast(T x) { return all(x); }
   static Elements read(const T* p) { return load(p); }
@@ -69,37 +71,41 @@ template <typename T> struct Plain {
 };
 
 struct __attribute__((may_alias)) BFloat16Pair { int32_t bits; };
+struct __attribute__((may_alias)) BFloat16 { uint16_t bits; };
 #ifdef __AVX512BF16__
-struct Pairs {
+template <typename Attention> struct Pairs {
   using Real = float;
   using Element = BFloat16Pair;
   using Elements = Ints<float>;
+  using Stored = Attention;
   static constexpr bool pairs = true;
   static Elements broadcast(Element x) { return x.bits - Elements{}; }
   static Elements read(const Element* p) { return (Elements)load(reinterpret_cast<const float*>(p)); }
   static Vec<float> add(Vec<float> sum, Elements a, Elements b) {
     return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
-  // Rounded to bfloat16, as a real again.
-  static Vec<float> round(Vec<float> x) { return (Vec<float>)(rounded(x) << 16); }
-  // Two vectors of rounded reals: {lane i of both as one element, low in the low half}.
-  static Elements pack(Vec<float> low, Vec<float> high) {
-    return (Elements)(((Unsigned)(Elements)low >> 16) | ((Unsigned)(Elements)high & 0xffff0000u));
-  }
-  // One vector of reals, which it rounds: lanes 2 i and 2 i + 1 as one element, half a vector of elements.
-  static void write_row(Vec<float> x, Element* out) {
-    const __m256bh y = _mm512_cvtneps_pbh((__m512)x);
-    __builtin_memcpy(out, &y, sizeof y);
-  }
-
- private:
-  typedef uint32_t Unsigned __attribute__((vector_size(kVectorBytes)));
-  static Ints<float> rounded(Vec<float> x) {
-    typedef uint16_t halves __attribute__((vector_size(kVectorBytes / 2)));
-    return __builtin_convertvector((halves)_mm512_cvtneps_pbh((__m512)x), Ints<float>);
-  }
 };
 template <typename T> constexpr bool kHasPairs = std::is_same_v<T, float>;
+
+// A vector of reals rounded to bfloat16: half a vector of bits, and what it is as reals.
+struct Rounded {
+  __m256i bits;
+  explicit Rounded(Vec<float> x) : bits((__m256i)_mm512_cvtneps_pbh((__m512)x)) {}
+  Vec<float> value() const { return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16); }
+  // Lanes 2 i and 2 i + 1 as one element, half a vector of elements.
+  void write(BFloat16Pair* out) const { __builtin_memcpy(out, &bits, sizeof bits); }
+  void write(BFloat16* out) const { __builtin_memcpy(out, &bits, sizeof bits); }
+};
+// Lane i of both as one element, low in the low half.
+inline Ints<float> pack(Rounded low, Rounded high) {
+  return (Ints<float>)_mm512_or_si512(_mm512_cvtepu16_epi32(low.bits),
+                                      _mm512_slli_epi32(_mm512_cvtepu16_epi32(high.bits), 16));
+}
+inline Vec<float> load(const BFloat16* p) {
+  __m256i bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
 #else
 template <typename T> constexpr bool kHasPairs = false;
 #endif
@@ -167,6 +173,36 @@ template <typename T> inline Vec<T> exp(Vec<T> x) {
   const auto e = exponential<T>(x);
   const Vec<T> y = e.power * e.rest + e.power;
   return x < F::low ? Vec<T>{} : y;
+}
+
+// The exponentials of a softmax, e^(x - m), from x and base(m): one multiply-add leads to an exponent of 2, which
+// leaves a rounding of |x - m| / 2^24 more than exp has, about what x had when it was a sum of products. Float:
+// 2^r for |r| <= 1/2 within 9.2e-8. What is below 2^-149 is 0.
+template <typename T> inline Vec<T> base(Vec<T> m) {
+  return std::is_same_v<T, float> ? m * T(1.44269504088896340736) : m;
+}
+template <typename T> inline Vec<T> exp_from(Vec<T> x, Vec<T> base) {
+  if constexpr (!std::is_same_v<T, float>) {
+    return exp<T>(x - base);
+  } else {
+    using F = Format<float>;
+    const Vec<T> t = max<T>(all<T>(-150.0f), x * 1.44269504f - base);
+#ifdef __AVX512F__
+    const Vec<T> n = (Vec<T>)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const Vec<T> shifted = t + F::round, n = shifted - F::round;
+#endif
+    const Vec<T> r = t - n;
+    Vec<T> y = all<T>(1.3264713611e-3f);
+    for (const float term : {9.6715233123e-3f, 5.5507338722e-2f, 2.4022241922e-1f, 6.9314697748e-1f, 1.0f})
+      y = y * r + term;
+#ifdef __AVX512F__
+    return (Vec<T>)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+    const Vec<T> scaled = (Vec<T>)((Ints<T>)y + ((Ints<T>)shifted << F::mantissa));
+    return t < -126.0f ? Vec<T>{} : min<T>(t, all<T>(127.0f)) < t ? all<T>(kInfinity<T>) : scaled;
+#endif
+  }
 }
 
 // tanh x = (1 - e^-2|x|) / (1 + e^-2|x|) with the numerator as expm1, exact to rounding near 0 too.
