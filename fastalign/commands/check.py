@@ -21,9 +21,21 @@ def check(
         str | None,
         typer.Option(
             metavar="GIB",
-            help="Memory of the device that the run will have: 80, 80GiB, 24GB. Default: this machine's.",
+            help="The run will be on another device, with this memory: 80, 80GiB, 24GB. Default: this "
+            "machine's.",
         ),
     ] = None,
+    visual_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Plan the memory for samples of max_length tokens, so many of them of images. Default: "
+            "for the longest samples that were found.",
+        ),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print every line of the memory plans with its formula.")
+    ] = False,
     dry_step: Annotated[
         bool,
         typer.Option(
@@ -69,7 +81,7 @@ def check(
     from ..distill.check.render import print_outcome
 
     with _progress() as progress:
-        outcome = check_recipe(recipe, Options(samples, size, dry_step, progress))
+        outcome = check_recipe(recipe, Options(samples, size, visual_tokens, dry_step, progress))
     text = json.dumps(outcome.plain(), indent=2)
     if report is not None:
         try:
@@ -80,7 +92,7 @@ def check(
     if as_json:
         typer.echo(text)
     else:
-        print_outcome(outcome, Console())
+        print_outcome(outcome, Console(), plans=plan)
     if not outcome.ok:
         raise typer.Exit(1)
 

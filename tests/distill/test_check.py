@@ -422,7 +422,7 @@ def test_twenty_bad_samples_are_shown_and_all_counted(world: Path) -> None:
 def test_sources(world: Path, data: dict[str, Any], message: str) -> None:
     outcome = check(rewrite(world, data=data, stages=SFT))
     assert message in "\n".join(outcome.part("data").problems)
-    assert outcome.part("memory").notes
+    assert outcome.part("memory").left_out and outcome.part("dry step").left_out
 
 
 def test_stages_that_need_images_and_have_none(world: Path) -> None:
@@ -501,8 +501,26 @@ def test_a_device_that_is_too_small(world: Path) -> None:
     path = rewrite(world, stages=SFT)
     result = command(path, "--no-dry-step", "--device-memory", "0.001")
     assert result.exit_code == 1 and "DOES NOT FIT" in result.output
+    assert "student's weights" not in result.output
+    assert "student's weights" in command(path, "--no-dry-step", "--plan").output
     assert "stages[0] (sft)" in result.output
     assert command(path, "--no-dry-step", "--device-memory", "80GiB").exit_code == 0
+
+
+def test_a_plan_without_data_or_weights(world: Path) -> None:
+    """Of a recipe that is meant for a device that is not here."""
+    for name in ("data.json", "teacher/model.safetensors", "student/model.safetensors"):
+        (world / name).unlink()
+    stage = {"preset": "dft", "precision": "bf16"}
+    path = rewrite(world, stages=[stage], cpu=False)
+    outcome = check(path, visual_tokens=36, device_memory=80 * 2**30)
+    assert [part.name for part in outcome.parts if part.problems] == ["checkpoints", "data"]
+    (plan,) = outcome.plans
+    assert (plan.shape.tokens, plan.shape.visual, plan.shape.labelled) == (1536, 36, 1500)
+    problem = check(path, visual_tokens=1536, device_memory=80 * 2**30).part("memory").problems[0]
+    assert "max_length is 1536, which 1536 image tokens do not fit" in problem
+    if not torch.cuda.is_available():
+        assert "bf16" in check(path).part("stages").problems[0]
 
 
 def test_the_longest_sample_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -515,12 +533,11 @@ def test_the_longest_sample_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         return SimpleNamespace(total=shape.batch * shape.tokens * unit)
 
     monkeypatch.setattr(dry, "plan_stage", total)
-    plan: Any = SimpleNamespace(fits=lambda memory: memory >= 2 * 300 * unit)
     recipe: Any = SimpleNamespace(cpu=True)
     models: Any = None
 
     def chosen(memory: int) -> list[int]:
-        found = choose(recipe, stage, models, source, plan, memory + dry.RESERVE_BYTES)
+        found = choose(recipe, stage, models, source, None, memory + dry.RESERVE_BYTES)
         return [size.index for size in found]
 
     assert chosen(2 * 300 * unit) == [1, 28]  # 30 is longer and has no image, 28 has one

@@ -28,7 +28,7 @@ from ..stages import Stage
 from .memory import source_of
 from .outcome import Part
 from .output import existing
-from .plans import LAUNCHED, QUIET
+from .plans import LAUNCHED, QUIET, device_changes
 from .samples import Size, Source
 
 
@@ -54,12 +54,15 @@ def check_dry_steps(
     sources: list[Source],
     plans: dict[str, StagePlan],
     memory: int,
+    *,
+    elsewhere: bool = False,
 ) -> Part:
     """A dry step of every stage.
 
     Args:
-        plans: of the stages, for the longest samples.
+        plans: of the stages.
         memory: bytes of this machine's device.
+        elsewhere: see ``device_changes``.
     """
     part = Part("dry step")
     chosen: dict[str, list[Size]] = {}
@@ -68,7 +71,7 @@ def check_dry_steps(
         if not reason:
             source = source_of(sources, stage)
             assert source is not None
-            sizes = choose(recipe, stage, models, source, plans[stage.name], memory)
+            sizes = choose(recipe, stage, models, source, plans.get(stage.name), memory)
             if sizes:
                 chosen[stage.name] = sizes
             else:
@@ -80,7 +83,8 @@ def check_dry_steps(
         return part
     part.facts["stages"] = {}
     with _random_kept():
-        _run_stages(recipe, processor, sources, chosen, part)
+        changes = device_changes(recipe, elsewhere)
+        _run_stages(recipe, processor, sources, chosen, part, changes)
     part.summary = ", ".join(f"{name}: {len(sizes)} samples" for name, sizes in chosen.items())
     return part
 
@@ -99,12 +103,16 @@ def choose(
     stage: Stage,
     models: FakeModels,
     source: Source,
-    plan: StagePlan,
+    plan: StagePlan | None,
     memory: int,
 ) -> list[Size]:
     """The smallest sample and the longest that fits ``memory``; none if not even the smallest does.
 
-    With an image among them, if the source has any.
+    With an image among them, if the source has any. Where the longest of all does not fit, the one that
+    does is found to within 1 % of the samples: each plan takes seconds.
+
+    Args:
+        plan: a larger one, if there is; what it fits need not be planned.
     """
     ordered = sorted(source.sizes, key=lambda s: (s.tokens, s.visual, s.index))
 
@@ -114,11 +122,11 @@ def choose(
         return total + RESERVE_BYTES <= memory
 
     first, last = ordered[0], ordered[-1]
-    if not plan.fits(memory):
+    if not (plan is not None and plan.fits(memory)) and not fits(last):
         if not fits(first):
             return []
         low, high = 0, len(ordered)  # ordered[low] fits, ordered[high] does not
-        while high - low > 1:
+        while high - low > max(1, len(ordered) // 100):
             middle = (low + high) // 2
             low, high = (middle, high) if fits(ordered[middle]) else (low, middle)
         last = ordered[low]
@@ -134,6 +142,7 @@ def _run_stages(
     sources: list[Source],
     chosen: dict[str, list[Size]],
     part: Part,
+    changes: dict[str, Any],
 ) -> None:
     needed = [stage for stage in recipe.stages if stage.name in chosen]
     teacher: Any = None
@@ -151,7 +160,7 @@ def _run_stages(
         assert source is not None and source.dataset is not None
         try:
             items = [source.dataset.load(size.index) for size in chosen[stage.name]]
-            whole, alone = _stage_steps(recipe, stage, student, teacher, processor, items)
+            whole, alone = _stage_steps(recipe, stage, student, teacher, processor, items, changes)
         # Whatever a step raises would end the run.
         except Exception as error:
             part.problems.append(f"{entry}: the dry step fails: {type(error).__name__}: {error}")
@@ -169,10 +178,16 @@ def _run_stages(
 
 
 def _stage_steps(
-    recipe: Recipe, stage: Stage, student: Any, teacher: Any, processor: Any, items: list[Any]
+    recipe: Recipe,
+    stage: Stage,
+    student: Any,
+    teacher: Any,
+    processor: Any,
+    items: list[Any],
+    changes: dict[str, Any],
 ) -> tuple[Seen, dict[str, Seen]]:
     """(the whole objective, each of several terms alone)."""
-    whole = dry_step(recipe, stage, student, teacher, processor, items)
+    whole = dry_step(recipe, stage, student, teacher, processor, items, **changes)
     weights = stage.losses.weights
     if len(weights) < 2:
         return whole, {}
@@ -180,17 +195,24 @@ def _stage_steps(
     for name in weights:
         without: dict[str, Any] = {other: 0.0 for other in weights if other != name}
         only = replace(stage, losses=replace(stage.losses, **without))
-        alone[name] = dry_step(recipe, only, student, teacher, processor, items)
+        alone[name] = dry_step(recipe, only, student, teacher, processor, items, **changes)
     return whole, alone
 
 
 def dry_step(
-    recipe: Recipe, stage: Stage, student: Any, teacher: Any, processor: Any, items: list[Any]
+    recipe: Recipe,
+    stage: Stage,
+    student: Any,
+    teacher: Any,
+    processor: Any,
+    items: list[Any],
+    **changes: Any,
 ) -> Seen:
     """One optimiser step of a stage at learning rate 0; ``student`` is afterwards what it was before.
 
     Args:
         items: two encoded samples.
+        changes: of the Trainer's arguments.
     """
     batch = min(len(items), stage.micro_batch)
     accumulated = stage.global_batch > stage.micro_batch
@@ -204,7 +226,7 @@ def dry_step(
         teacher,
         processor,
         items,
-        **QUIET,
+        **{**QUIET, **changes},
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=len(items) if accumulated else 1,
         max_steps=1 if accumulated else len(items) // batch,

@@ -26,23 +26,40 @@ def largest(sizes: list[Size], batch: int) -> Shape:
 
 
 def check_memory(
-    recipe: Recipe, models: FakeModels, sources: list[Source], memory: int, device: str
+    recipe: Recipe,
+    models: FakeModels,
+    sources: list[Source],
+    memory: int,
+    device: str,
+    visual: int | None = None,
 ) -> tuple[Part, dict[str, StagePlan]]:
     """(the part, stage -> plan); a stage without a good sample has none.
 
     Args:
         memory, device: bytes and name of the device that the run will have.
+        visual: plan for samples of ``max_length`` tokens, so many of them of images and all others
+            labelled; None: for the longest ones of ``sources``.
     """
     part = Part("memory")
     plans: dict[str, StagePlan] = {}
     for index, stage in enumerate(recipe.stages):
-        source = source_of(sources, stage)
-        if source is None:
+        source, most = source_of(sources, stage), recipe.data_of(stage).max_length
+        if visual is not None:
+            if visual >= most:
+                part.problems.append(
+                    f"stages[{index}] ({stage.name}): data.max_length is {most}, which {visual} image "
+                    "tokens do not fit; allowed: more"
+                )
+                continue
+            shape = Shape(stage.micro_batch, most, visual, most - visual)
+        elif source is None:
             part.notes.append(
-                f"stages[{index}] ({stage.name}): no plan, as no good sample is known"
+                f"stages[{index}] ({stage.name}): no memory plan, as no good sample is known; "
+                "--visual-tokens plans without"
             )
             continue
-        shape = largest(source.sizes, stage.micro_batch)
+        else:
+            shape = largest(source.sizes, stage.micro_batch)
         plan = plan_stage(recipe, stage, models, shape, on_cpu=recipe.cpu)
         plans[stage.name] = plan
         if not plan.fits(memory):
@@ -64,10 +81,12 @@ def check_memory(
         }
         for name, plan in plans.items()
     }
-    if plans:
-        most = max(plans.values(), key=lambda plan: plan.total)
+    if not plans:
+        part.left_out = "no stage has a good sample"
+    else:
+        top = max(plans.values(), key=lambda plan: plan.total)
         part.summary = (
-            f"at most {size_text(most.total)} ({most.stage}) and {size_text(RESERVE_BYTES)} left free, "
+            f"at most {size_text(top.total)} ({top.stage}) and {size_text(RESERVE_BYTES)} left free, "
             f"of {size_text(memory)} ({device})"
         )
     return part, plans

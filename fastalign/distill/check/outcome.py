@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..memory import StagePlan
+
 
 def size_text(size: float) -> str:
     """Bytes in the largest unit that leaves a number of at least 1."""
@@ -45,10 +47,11 @@ class Part:
 
 @dataclass
 class Outcome:
-    """All parts of a recipe's check."""
+    """All parts of a recipe's check, and the memory plans of its stages."""
 
     recipe: str
     parts: list[Part] = field(default_factory=list)
+    plans: list[StagePlan] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..heads import tapped_head
 from ..loading import part_of
 from ..memory.models import FakeModels
@@ -53,14 +55,20 @@ class StageFacts:
     matching: dict[int, tuple[int, ...]]
 
 
-def check_stages(recipe: Recipe, models: FakeModels) -> tuple[Part, dict[str, StageFacts]]:
-    """(the part, stage -> facts); a stage with a problem has none."""
+def check_stages(
+    recipe: Recipe, models: FakeModels, *, elsewhere: bool = False
+) -> tuple[Part, dict[str, StageFacts]]:
+    """(the part, stage -> facts); a stage with a problem has none.
+
+    Args:
+        elsewhere: see ``device_changes``.
+    """
     part = Part("stages")
     found: dict[str, StageFacts] = {}
     for index, stage in enumerate(recipe.stages):
         entry = f"stages[{index}] ({stage.name})"
         try:
-            check_arguments(recipe, stage)
+            check_arguments(recipe, stage, elsewhere=elsewhere)
             with without_warnings():
                 found[stage.name] = _facts(stage, models)
         except RecipeError as error:
@@ -82,7 +90,17 @@ def check_stages(recipe: Recipe, models: FakeModels) -> tuple[Part, dict[str, St
     return part, found
 
 
-def check_arguments(recipe: Recipe, stage: Stage) -> None:
+def device_changes(recipe: Recipe, elsewhere: bool) -> dict[str, Any]:
+    """Arguments that let a stage run here, where it is meant for a device that this machine lacks.
+
+    Args:
+        elsewhere: the run will be on another device.
+    """
+    lacks = torch.accelerator.current_accelerator(check_available=True) is None
+    return {"use_cpu": True} if elsewhere and lacks else {}
+
+
+def check_arguments(recipe: Recipe, stage: Stage, *, elsewhere: bool = False) -> None:
     """The Trainer's arguments can be made (but for those that need a launch).
 
     Raises:
@@ -96,7 +114,8 @@ def check_arguments(recipe: Recipe, stage: Stage) -> None:
             "fused_head is True and options.fsdp is given; allowed: fused_head: false"
         )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    training_arguments(recipe, replace(stage, options=options), Path(), processes, **QUIET)
+    changes = {**QUIET, **device_changes(recipe, elsewhere)}
+    training_arguments(recipe, replace(stage, options=options), Path(), processes, **changes)
 
 
 def _facts(stage: Stage, models: FakeModels) -> StageFacts:

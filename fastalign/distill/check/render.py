@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..memory.render import plan_table
 from .outcome import Outcome, size_text
 
 #: Bad samples that are printed; all are counted, and all are in the report.
@@ -15,8 +16,12 @@ SHOWN = 20
 _STYLES = {"ok": "green", "problems": "bold red", "left out": "yellow"}
 
 
-def print_outcome(outcome: Outcome, console: Console) -> None:
-    """Layers, data, memory, dry steps, and at the end the summary and what must be mended."""
+def print_outcome(outcome: Outcome, console: Console, *, plans: bool = False) -> None:
+    """Layers, data, memory, dry steps, and at the end the summary and what must be mended.
+
+    Args:
+        plans: also every line of the memory plans.
+    """
     facts = {part.name: part.facts for part in outcome.parts}
     for table in (
         _layers(facts.get("stages", {})),
@@ -27,6 +32,9 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     ):
         if table is not None and table.row_count:
             console.print(table, "")
+    for plan in outcome.plans if plans else ():
+        device = facts["memory"]["device"]
+        console.print(plan_table(plan, device["bytes"], device["name"]), "")
     console.print(_summary(outcome))
     for part in outcome.parts:
         for note in part.notes:

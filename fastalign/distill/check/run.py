@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..memory import StagePlan
 from ..memory.models import FakeModels
 from ..memory.render import found_memory
 from ..plain import RecipeError
@@ -18,7 +19,7 @@ from .memory import check_memory
 from .outcome import Outcome, Part
 from .output import check_output
 from .plans import check_stages
-from .samples import Progress, check_samples
+from .samples import Progress, Source, check_samples
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,15 @@ class Options:
 
     Attributes:
         samples: only the first so many of each source; None: all.
-        device_memory: bytes of the device that the run will have; None: this machine's.
+        device_memory: bytes of the other device that the run will have; None: it will run here.
+        visual_tokens: plan the memory for so many image tokens; None: for the longest samples.
         dry_step: also take a step of every stage.
         progress: told of every sample.
     """
 
     samples: int | None = None
     device_memory: int | None = None
+    visual_tokens: int | None = None
     dry_step: bool = True
     progress: Progress | None = None
 
@@ -76,18 +79,19 @@ def _check(recipe: Recipe, options: Options, outcome: Outcome) -> None:
     }
     if processor is not None:
         compare_tokenizers(recipe, processor, sizes, tokens)
-    stages, facts = check_stages(recipe, models)
+    elsewhere = options.device_memory is not None
+    stages, facts = check_stages(recipe, models, elsewhere=elsewhere)
     outcome.parts.append(stages)
+    sources: list[Source] = []
     if processor is None:
-        outcome.parts.append(check_output(recipe, facts, {}))
-        for name in ("data", "memory", "dry step"):
-            outcome.parts.append(Part(name, left_out="the processor is not known"))
-        return
-    data, sources = check_samples(
-        recipe, processor, models, samples=options.samples, progress=options.progress
-    )
+        outcome.parts.append(Part("data", left_out="the processor is not known"))
+    else:
+        data, sources = check_samples(
+            recipe, processor, models, samples=options.samples, progress=options.progress
+        )
+        outcome.parts.append(data)
     counts = {name: source.length for source in sources for name in source.stages if source.length}
-    outcome.parts += [data, check_output(recipe, facts, counts)]
+    outcome.parts.append(check_output(recipe, facts, counts))
     if len(facts) < len(recipe.stages):
         for name in ("memory", "dry step"):
             outcome.parts.append(Part(name, left_out="a stage has problems"))
@@ -100,8 +104,10 @@ def _check(recipe: Recipe, options: Options, outcome: Outcome) -> None:
         sources,
         here if asked is None else asked,
         device if asked is None else "as given",
+        options.visual_tokens,
     )
     outcome.parts.append(memory)
+    outcome.plans += plans.values()
     outcome.parts.append(_dry(recipe, options, outcome, processor, models, sources, plans, here))
 
 
@@ -125,17 +131,14 @@ def _dry(
     outcome: Outcome,
     processor: Any,
     models: FakeModels,
-    sources: Any,
-    plans: Any,
+    sources: list[Source],
+    plans: dict[str, StagePlan],
     memory: int,
 ) -> Part:
-    reason = ""
+    for name in ("checkpoints", "tokenizers"):
+        if outcome.part(name).problems:
+            return Part("dry step", left_out=f"the {name} have problems")
     if not options.dry_step:
-        reason = "as asked for"
-    elif outcome.part("checkpoints").problems:
-        reason = "the checkpoints have problems"
-    elif outcome.part("tokenizers").problems:
-        reason = "the tokenizers have problems"
-    if reason:
-        return Part("dry step", left_out=reason)
-    return check_dry_steps(recipe, processor, models, sources, plans, memory)
+        return Part("dry step", left_out="as asked for")
+    elsewhere = options.device_memory is not None
+    return check_dry_steps(recipe, processor, models, sources, plans, memory, elsewhere=elsewhere)
