@@ -40,6 +40,7 @@ _SM_80: _Table = {
     "statistics_logs": Tile(64, 64, 8, 2, "static 0.305; 128x64 spills"),
     "map_gradient": Tile(128, 64, 8, 2, "static 0.263, floor 0.25; 64x64 0.269"),
     "map_gradient_logs": Tile(64, 64, 8, 2, "static 0.303; 128x64 spills"),
+    "pooled_sums": Tile(64, 32, 4, 2, "static 0.277, floor 0.25; 64x64 spills"),
     "dq": Tile(64, 32, 4, 2, "static 0.281, floor 0.25"),
     "dk": Tile(32, 64, 4, 2, "static 0.256, floor 0.25"),
     "dk_logs": Tile(64, 64, 8, 2, "32x64 with 4 warps spills"),
@@ -48,9 +49,9 @@ _SM_80: _Table = {
 # mma.sync as on sm_80, but 99 KB of shared memory a program.
 _SM_8X: _Table = {
     "row_lse": Tile(128, 64, 4, 2, "as sm_80"),
-    "dq": Tile(64, 32, 4, 2, "as sm_80"),
-    "dk": Tile(32, 32, 4, 1, "32x64 with 4 warps and 64x64 with 8 warps spill"),
+    "dk": Tile(32, 32, 4, 2, "wider tiles spill here or there"),
 }
+_SM_120: _Table = {**_SM_8X, "dk_logs": Tile(16, 64, 4, 1, "32x32 spills")}
 _SM_90: _Table = {
     "row_lse": Tile(128, 64, 4, 2, "static 0.079, floor 0.0625; 8 warps 0.087"),
     "row_delta": Tile(128, 64, 8, 2, "static 0.093, floor 0.0625; 64x64 with 4 warps 0.104"),
@@ -90,7 +91,7 @@ _TABLES: dict[str, _Table] = {
     "sm_89": _SM_8X,
     "sm_90": _SM_90,
     "sm_100": _SM_100,
-    "sm_120": _SM_8X,
+    "sm_120": _SM_120,
     "gfx942": _CDNA,
     "gfx950": _CDNA,
 }

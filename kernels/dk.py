@@ -48,7 +48,7 @@ def by_key(b, TURNED: tl.constexpr):
 def _add_tile(
     b_acc, b_k, p_q, p_g, p_x, o_map, p_vectors, p_rows, o_r, o_c, o_d,
     b_who, b_lo, b_hi, sqr, row_length, window, row_count, pitch, factor, cap,
-    MASK: tl.constexpr, TURNED: tl.constexpr, INSIDE: tl.constexpr,
+    MASK: tl.constexpr, TURNED: tl.constexpr, INSIDE: tl.constexpr, EACH: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr,
     LOGS: tl.constexpr, SCORES: tl.constexpr,
     INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
@@ -69,7 +69,7 @@ def _add_tile(
     if INSIDE:
         o_w = workspace_offsets(by_row(o_r, TURNED), by_key(o_c, TURNED), pitch)
         b_g = tl.load(p_g + o_map + o_w)
-        if LOGS:
+        if LOGS and not EACH:
             b_x = tl.load(p_x + o_map + o_w)
     b_l = o_r  # with SCORES no row vector is read
     b_fold = b_l
@@ -81,7 +81,7 @@ def _add_tile(
             b_l = slot(p_vectors, o_r, row_length, 2)  # [BR]
     b_ds = score_gradient(
         b_dot, b_g, b_x, by_row(b_l, TURNED), by_row(b_fold, TURNED), by_row(b_delta, TURNED),
-        factor, cap, INSIDE, LOGS, SCORES, CAP,
+        factor, cap, INSIDE, EACH, LOGS, SCORES, CAP,
     )  # fmt: skip
     if MASK:
         b_r = by_row(o_r, TURNED)
@@ -149,7 +149,7 @@ def _dk(
                 b_acc, b_k, p_qs + i_h * sqh_s, p_g, p_x, i_g * space,
                 p_head, p_rows, o_r, o_c, o_d, b_who, b_lo, b_hi,
                 sqr_s, row_length, window, row_count, pitch, factor_s, cap_s,
-                True, TURNED, INSIDE, DS, BDS, CAP_S, LOGS, SCORES,
+                True, TURNED, INSIDE, EACH, DS, BDS, CAP_S, LOGS, SCORES,
                 INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
             )  # fmt: skip
         if INTERVAL:
@@ -159,7 +159,7 @@ def _dk(
                     b_acc, b_k, p_qs + i_h * sqh_s, p_g, p_x, i_g * space,
                     p_head, p_rows, o_r, o_c, o_d, b_who, b_lo, b_hi,
                     sqr_s, row_length, window, row_count, pitch, factor_s, cap_s,
-                    False, TURNED, INSIDE, DS, BDS, CAP_S, LOGS, SCORES,
+                    False, TURNED, INSIDE, EACH, DS, BDS, CAP_S, LOGS, SCORES,
                     INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
                 )  # fmt: skip
 

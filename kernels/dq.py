@@ -33,8 +33,8 @@ from .primitives import (
 def _add_tile(
     b_acc, b_q, p_ks, p_g, p_x, p_keys, o_g, o_c, o_d, b_who, b_lo, b_hi, b_l, b_fold, b_delta,
     skl, key_length, window, pitch, factor, cap,
-    MASK: tl.constexpr, INSIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr,
-    LOGS: tl.constexpr, SCORES: tl.constexpr,
+    MASK: tl.constexpr, INSIDE: tl.constexpr, EACH: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr,
     INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
     WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -47,11 +47,11 @@ def _add_tile(
     if INSIDE:
         o_w = workspace_offsets(o_g[:, None], o_c[None, :], pitch)  # [BR, BC]
         b_g = tl.load(p_g + o_w)
-        if LOGS:
+        if LOGS and not EACH:
             b_x = tl.load(p_x + o_w)
     b_ds = score_gradient(
         b_dot, b_g, b_x, b_l[:, None], b_fold[:, None], b_delta[:, None], factor, cap,
-        INSIDE, LOGS, SCORES, CAP,
+        INSIDE, EACH, LOGS, SCORES, CAP,
     )  # fmt: skip
     if MASK:
         b_see = seen_keys(
@@ -66,7 +66,7 @@ def _add_tile(
 def _sweep(
     b_acc, b_q, p_ks, p_g, p_x, p_keys, o_g, o_d, b_here, b_who, b_lo, b_hi, b_l, b_fold, b_delta,
     skl, key_length, window, pitch, factor, cap,
-    INSIDE: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    INSIDE: tl.constexpr, EACH: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     CAP: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr,
     INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
     WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -80,7 +80,7 @@ def _sweep(
         b_acc = _add_tile(
             b_acc, b_q, p_ks, p_g, p_x, p_keys, o_g, o_c, o_d, b_who, b_lo, b_hi,
             b_l, b_fold, b_delta, skl, key_length, window, pitch, factor, cap,
-            True, INSIDE, D, BD, CAP, LOGS, SCORES,
+            True, INSIDE, EACH, D, BD, CAP, LOGS, SCORES,
             INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
         )  # fmt: skip
     if INTERVAL:
@@ -89,7 +89,7 @@ def _sweep(
             b_acc = _add_tile(
                 b_acc, b_q, p_ks, p_g, p_x, p_keys, o_g, o_c, o_d, b_who, b_lo, b_hi,
                 b_l, b_fold, b_delta, skl, key_length, window, pitch, factor, cap,
-                False, INSIDE, D, BD, CAP, LOGS, SCORES,
+                False, INSIDE, EACH, D, BD, CAP, LOGS, SCORES,
                 INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
             )  # fmt: skip
     return b_acc
@@ -135,7 +135,7 @@ def _dq(
     b_acc = _sweep(
         b_acc, b_q, p_ks, p_g, p_x, p_keys, o_g, o_d, b_here, b_who, b_lo, b_hi,
         b_l, b_fold, b_delta, skl_s, key_length, window, pitch, factor_s, cap_s,
-        True, BC, DS, BDS, CAP_S, LOGS, SCORES,
+        True, EACH, BC, DS, BDS, CAP_S, LOGS, SCORES,
         INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
     )  # fmt: skip
     if OTHERS:
@@ -144,7 +144,7 @@ def _dq(
             b_acc, b_q, p_ks, p_g, p_x, p_others + i_b * 5 * key_length, o_g, o_d,
             b_here, b_who, b_lo, b_hi,
             b_l, b_fold, b_delta, skl_s, key_length, window, pitch, factor_s, cap_s,
-            False, BC, DS, BDS, CAP_S, LOGS, SCORES,
+            False, EACH, BC, DS, BDS, CAP_S, LOGS, SCORES,
             INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
         )  # fmt: skip
     o_out = (o_bh * rows + b_row)[:, None] * DS + o_d[None, :]  # [BR, BD]

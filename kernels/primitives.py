@@ -356,7 +356,8 @@ def entry_gradient(
 @triton.jit
 def score_gradient(
     b_dot, b_g, b_x, b_l, b_fold, b_delta, factor, cap,
-    INSIDE: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr, CAP: tl.constexpr,
+    INSIDE: tl.constexpr, EACH: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr,
+    CAP: tl.constexpr,
 ):  # fmt: skip
     """dL/dS of one head in natural units, times the slope of the softcap, whether visible or not.
 
@@ -364,10 +365,12 @@ def score_gradient(
 
         maps as they are:  dS = P (g [in V] - delta),            P = 2^(x - fold), the head's share in it
         maps in logs:      dS = E 2^(x - fold - log2 A) [in V] - P delta,                P = 2^(x - l)
+            (EACH: the map is the head's own, A = 2^(x - fold), and the power is 1)
         scores:            dS = g [in V]
 
     Args:
-        b_g, b_x: the workspace's tile, read only INSIDE the compared columns; b_x with LOGS only.
+        b_g, b_x: the workspace's tile, read only INSIDE the compared columns; b_x with LOGS of more
+            heads than one.
         b_l: log2-sum-exp of the head's softmax (LOGS). b_fold: the folded one.
     """
     b_t = b_dot * factor
@@ -381,7 +384,9 @@ def score_gradient(
             b_s = cap * b_t
         if LOGS:
             b_ds = -tl.exp2(b_s - b_l) * b_delta
-            if INSIDE:
+            if INSIDE and EACH:
+                b_ds += b_g
+            elif INSIDE:
                 b_ds += tl.exp2(b_s - b_fold - b_x) * b_g
         elif INSIDE:
             b_ds = tl.exp2(b_s - b_fold) * (b_g - b_delta)

@@ -1,7 +1,8 @@
 """delta: the sum over the compared columns of P_h g, which the softmax's backward subtracts.
 
     dS_h = X_h - P_h delta_h,    delta_h[i] = sum_{j in V} X_h[i, j]
-    X_h = P_h w_h g,  or in logs  X_h = E exp(log P_h + log w_h - log A)
+    X_h = P_h w_h g,  or in logs  X_h = E exp(log P_h + log w_h - log A), which is E where each head is
+                      compared by itself: no score is needed then
 
 One program per row block and (head, map) pair; the learned mix needs every pair, since the gradient of
 mix[h, g] is the sum of P_h g_g over everything.
@@ -33,24 +34,25 @@ from .primitives import (
 def _add_tile(
     b_delta, b_q, b_l, p_ks, p_g, p_x, p_keys, o_g, o_c, o_d, b_who, b_lo, b_hi,
     skl, key_length, window, pitch, factor, cap,
-    MASK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr,
+    MASK: tl.constexpr, EACH: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CAP: tl.constexpr,
     LOGS: tl.constexpr, SCORES: tl.constexpr,
     INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
     WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """delta [BR] with the columns o_c in it."""
     b_j = slot(p_keys, o_c, key_length, 0)  # [BC]
-    b_k = load_tile(p_ks, tile_offsets(b_j, skl, o_d, WIDE), o_d, D, BD, UPCAST)  # [BC, BD]
     o_w = workspace_offsets(o_g[:, None], o_c[None, :], pitch)  # [BR, BC]
-    b_g = tl.load(p_g + o_w)
-    b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
-    b_x = log2_scores(b_x, factor, cap, CAP)
-    if not SCORES:
-        b_x -= b_l[:, None]
-        if LOGS:
-            b_x -= tl.load(p_x + o_w)
-        b_x = tl.exp2(b_x)
-    b_x *= b_g
+    b_x = tl.load(p_g + o_w)  # [BR, BC]
+    if not (EACH and LOGS):
+        b_k = load_tile(p_ks, tile_offsets(b_j, skl, o_d, WIDE), o_d, D, BD, UPCAST)  # [BC, BD]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
+        b_s = log2_scores(b_s, factor, cap, CAP)
+        if not SCORES:
+            b_s -= b_l[:, None]
+            if LOGS:
+                b_s -= tl.load(p_x + o_w)
+            b_s = tl.exp2(b_s)
+        b_x *= b_s
     if MASK:
         b_see = seen_keys(
             p_keys, o_c, b_j, b_lo, b_hi, b_who, key_length, window,
@@ -103,7 +105,7 @@ def _row_delta(
         o_c = edge_tile(i_edge, i_in, i_out) * BC + tl.arange(0, BC)  # [BC]
         b_delta = _add_tile(
             b_delta, b_q, b_l, p_ks, p_g, p_x, p_keys, o_g, o_c, o_d, b_who, b_lo, b_hi,
-            skl_s, key_length, window, pitch, factor_s, cap_s, True, DS, BDS, CAP_S,
+            skl_s, key_length, window, pitch, factor_s, cap_s, True, HEADS == "each", DS, BDS, CAP_S,
             LOGS, SCORES, INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
         )  # fmt: skip
     if INTERVAL:
@@ -111,7 +113,7 @@ def _row_delta(
             o_c = i_c * BC + tl.arange(0, BC)  # [BC]
             b_delta = _add_tile(
                 b_delta, b_q, b_l, p_ks, p_g, p_x, p_keys, o_g, o_c, o_d, b_who, b_lo, b_hi,
-                skl_s, key_length, window, pitch, factor_s, cap_s, False, DS, BDS, CAP_S,
+                skl_s, key_length, window, pitch, factor_s, cap_s, False, HEADS == "each", DS, BDS, CAP_S,
                 LOGS, SCORES, INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
             )  # fmt: skip
     tl.store(p_delta + (i_b * pairs + i_pair) * rows + b_row, b_delta, mask=b_here)

@@ -450,7 +450,7 @@ def _head_tensors(
         largest = space.g.abs().amax()
         power = 12 - torch.where(largest > 0, largest, 1.0).log2().ceil()
         lse, fold = lse - power, fold - power
-        if call.scores:
+        if call.scores or (call.logs and call.heads == "each"):  # no P is a factor of it
             space.g.mul_(power.exp2())
         factor = factor * (-power).exp2()
     return HeadTensors(
