@@ -17,6 +17,7 @@ models:
   taf: {taf}            # linear | mlp: read the image through the teacher's projector; null: do not
   teacher_dtype: bfloat16
   # teacher_bits: 4        # 8 or 4, needs bitsandbytes
+  # cache: {{path: targets, top_k: 64}}   # targets that `fastalign cache` recorded, instead of the teacher
 
 output: {output}
 seed: 0
@@ -27,6 +28,7 @@ data:
   # template: vicuna       # default: the processor's own chat template
   max_length: 1536
   on_error: skip           # or raise: a bad sample ends the run
+  # streaming: true        # a jsonl larger than memory; needs group_batches: false, and steps in the stages
   workers: 4
 
 defaults:                  # for every stage

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .data.show import Shown, samples_to_show
+from .data.show import TRIES, Shown, samples_to_show
+from .data.stream import ConversationStream
 from .recipe import Recipe
 from .report import write_curves
 from .stages import Stage
@@ -126,7 +127,10 @@ class StageDrawings:
             if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
                 self.notes.append("no attention pictures: the student's weights are sharded")
                 return False
-            self.samples = samples_to_show(self.trainer.train_dataset, self.count)
+            data = self.trainer.train_dataset
+            if isinstance(data, ConversationStream):
+                data = data.beginning(TRIES * self.count)
+            self.samples = samples_to_show(data, self.count)
             if not self.samples:
                 self.notes.append("no attention pictures: no sample of the data has one image")
         return bool(self.samples)

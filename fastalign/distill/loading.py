@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from .data import ConversationDataset, Encoder, read_records
+from .data.stream import ConversationStream
 from .recipe import Recipe, resolve
-from .stages import Lora, Stage
+from .stages import Data, Lora, Stage
 
 
 def place_of(recipe: Recipe, name: str) -> str:
@@ -95,21 +96,44 @@ def load_processor(recipe: Recipe) -> Any:
 def load_data(
     recipe: Recipe, stage: Stage, processor: Any, recorded: Mapping[str, int] | None = None
 ) -> ConversationDataset:
-    """A stage's data; ``recorded``: see ``ConversationDataset``."""
+    """A stage's data as a whole, streaming or not; ``recorded``: see ``Conversations``."""
     data = recipe.data_of(stage)
     path = resolve(recipe, data.path)
     source, raw = read_records(path)
-    root = path if path.is_dir() else path.parent
     return ConversationDataset(
         raw,
         source,
         Encoder(processor, data.template, data.max_length),
-        Path(root if data.image_root is None else resolve(recipe, data.image_root)),
+        _image_root(recipe, data),
         on_error=data.on_error,
         max_pixels=data.max_pixels,
         limit=data.limit,
         recorded=recorded,
     )
+
+
+def load_stream(
+    recipe: Recipe, stage: Stage, processor: Any, recorded: Mapping[str, int] | None = None
+) -> ConversationStream:
+    """A stage's streaming data, of which nothing is read yet."""
+    data = recipe.data_of(stage)
+    return ConversationStream(
+        resolve(recipe, data.path),
+        Encoder(processor, data.template, data.max_length),
+        _image_root(recipe, data),
+        buffer=data.shuffle_buffer,
+        on_error=data.on_error,
+        max_pixels=data.max_pixels,
+        limit=data.limit,
+        recorded=recorded,
+    )
+
+
+def _image_root(recipe: Recipe, data: Data) -> Path:
+    if data.image_root is not None:
+        return resolve(recipe, data.image_root)
+    path = resolve(recipe, data.path)
+    return path if path.is_dir() else path.parent
 
 
 def part_of(name: str) -> str:

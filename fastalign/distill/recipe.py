@@ -134,6 +134,11 @@ def recipe_from_plain(values: Any, folder: Path = Path(".")) -> Recipe:
     for i, stage in enumerate(read):
         if stage.data is None and recipe.data is None:
             raise RecipeError(f"stages[{i}] has no data and the recipe has none; allowed: either")
+        if recipe.data_of(stage).streaming and stage.steps is None:
+            raise RecipeError(
+                f"stages[{i}] has streaming data and no steps, and how long a stream is nobody knows; "
+                "allowed: steps: a number"
+            )
         live = stage.losses.live_terms
         if recipe.models.cache is not None and live:
             raise RecipeError(

@@ -20,6 +20,7 @@ from .loading import (
     load_data,
     load_model,
     load_processor,
+    load_stream,
     load_student,
     load_teacher,
 )
@@ -214,7 +215,8 @@ def _run_stage(
 ) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     recorded = teacher.numbers if isinstance(teacher, TeacherCache) else None
-    dataset = load_data(recipe, stage, processor, recorded)
+    load = load_stream if recipe.data_of(stage).streaming else load_data
+    dataset = load(recipe, stage, processor, recorded)
     trainer = make_trainer(recipe, stage, folder, student, teacher, processor, dataset)
     drawings = StageDrawings(recipe, stage, trainer, teacher)
     drawings.look("student before")

@@ -23,6 +23,10 @@ class Data:
         template: see ``Encoder``.
         on_error: "skip" (the next good sample takes the place, counted and reported) or "raise".
         limit: only the first samples.
+        streaming: read a .jsonl file line by line instead of as a whole; its stages need ``steps``, and
+            ``group_batches: false``.
+        shuffle_buffer: with streaming, how many samples are held to draw the next one from; 1: the file's
+            order.
     """
 
     path: str
@@ -34,6 +38,19 @@ class Data:
     group_batches: bool = True
     workers: int = 0
     limit: int | None = None
+    streaming: bool = False
+    shuffle_buffer: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer is {self.shuffle_buffer}; allowed: at least 1")
+        if self.streaming and self.group_batches:
+            raise ValueError(
+                "streaming is true and group_batches is true (the default): samples alike in length are "
+                "found in the whole of the data; allowed: group_batches: false"
+            )
+        if self.streaming and not self.path.endswith(".jsonl"):
+            raise ValueError(f"streaming is true and path is {self.path!r}; allowed: a .jsonl file")
 
 
 @dataclass(frozen=True)

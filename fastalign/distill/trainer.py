@@ -187,16 +187,23 @@ class DistillTrainer(Trainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.data_seed or self.args.seed
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        size *= self.accelerator.num_processes
+        from .data.stream import ConversationStream, StreamSampler
+
+        if isinstance(dataset, ConversationStream):
+            if self.args.group_batches:
+                raise ValueError(
+                    "group_batches is True with a stream; allowed: False (alike samples are found in the "
+                    "whole of the data)"
+                )
+            return StreamSampler(dataset, self.args.max_steps * size, seed)
         if not self.args.group_batches:
             return super()._get_train_sampler(train_dataset)
         from .data.sampler import GroupedSampler
 
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return GroupedSampler(
-            dataset.sizes(),
-            size * self.accelerator.num_processes,
-            self.args.data_seed or self.args.seed,
-        )
+        return GroupedSampler(dataset.sizes(), size, seed)
 
     # ------------------------------------------------------------------- checkpoints
 

@@ -61,7 +61,7 @@ def read_records(path: Path) -> tuple[str, Sequence[Any]]:
             return str(path), _read_folder(path)
         if path.suffix == ".jsonl":
             with path.open("rb") as lines:
-                return str(path), [_line(line) for line in lines if line.strip()]
+                return str(path), [parse_line(line) for line in lines if line.strip()]
         if path.suffix == ".json":
             whole = json.loads(path.read_bytes())
             if not isinstance(whole, list):
@@ -82,7 +82,8 @@ class _Broken:
         self.reason = reason
 
 
-def _line(line: bytes) -> Any:
+def parse_line(line: bytes) -> Any:
+    """A raw record of a jsonl line; one that is no json becomes a record that says so."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -15,7 +15,7 @@ TRIES = 64
 
 @dataclass(frozen=True)
 class Shown:
-    """One image (decoded), the first question about it, and the encoded sample."""
+    """One image (decoded), the first question about it (and how many more), the encoded sample."""
 
     image: Any
     question: str
@@ -42,7 +42,10 @@ def _show(data: ConversationDataset, index: int) -> Shown | None:
         if len(record.images) != 1:
             return None
         image = load_image(record.images[0], data.image_root, record.where, data.max_pixels)
-        question = next(text for role, text in record.turns if role == "user")
-        return Shown(image, question.replace(MARKER, "").strip(), data.load(index))
+        first, *others = [text for role, text in record.turns if role == "user"]
+        question = first.replace(MARKER, "").strip() + (
+            f" (and {len(others)} more)" if others else ""
+        )
+        return Shown(image, question, data.load(index))
     except SampleError:
         return None  # bad samples are counted where they are trained on
