@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,18 @@ import yaml
 from safetensors.torch import load_file
 
 from fastalign.distill.recipe import load_recipe
+from fastalign.distill.recording import record_recipe
 from fastalign.distill.run import run_recipe
+from fastalign.distill.targets import Progress
 
 from . import launched, worlds
 from .test_run import load, world
 from .test_trainer import difference
+
+
+@contextmanager
+def no_bar(name: str) -> Iterator[Progress]:
+    yield lambda done, total: None
 
 
 def launch(*arguments: str) -> str:
@@ -51,8 +61,16 @@ def test_a_step_of_two_processes_is_that_of_one(kind: str, tmp_path: Path) -> No
         assert float(found["loss"]) == pytest.approx(logs["loss"], rel=1e-6)
 
 
-def test_a_recipe_on_two_processes(tmp_path: Path) -> None:
-    """The command itself: files of one process, losses and weights as one process has them."""
+@pytest.mark.parametrize(
+    "recorded_stream",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["plain", "recorded stream"],
+)
+def test_a_recipe_on_two_processes(tmp_path: Path, recorded_stream: bool) -> None:
+    """The command itself: files of one process, losses and weights as one process has them.
+
+    Also from a stream, with the teacher's targets from a cache.
+    """
     stages: list[Any] = [
         {"preset": "dpt"},
         {"preset": "dft", "lora": None, "learning_rate": 0.02, "optimizer": "sgd"},
@@ -67,7 +85,14 @@ def test_a_recipe_on_two_processes(tmp_path: Path) -> None:
         recipe = tmp_path / name / "recipe.yaml"
         values = yaml.safe_load(recipe.read_text())
         values["data"]["group_batches"] = False
+        if recorded_stream:
+            records = json.loads((tmp_path / name / "data.json").read_text())
+            (tmp_path / name / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+            values["data"] |= {"path": "data.jsonl", "streaming": True, "shuffle_buffer": 4}
+            values["models"]["cache"] = {"path": "targets", "top_k": 10_000, "dtype": "float32"}
         recipe.write_text(yaml.safe_dump(values))
+        if recorded_stream:
+            record_recipe(load_recipe(recipe), plan=False, say=lambda _: None, bar=no_bar)
         if name == "one":
             run_recipe(load_recipe(recipe), say=lambda _: None)
         else:
