@@ -5,7 +5,14 @@
 No GPU is needed. Each kernel is compiled with the table's configuration, specialised as a real call
 would specialise it. The gates: it compiles, within the launch limits, without stack or spills, with the
 architecture's tensor-core instruction and without atomics; and the static bound of the head-mean kernels
-at head_dim 128 in bf16 stays near its floor. The exit status is 1 if a gate is not met.
+at head_dim 128 in bf16 stays near its floor (docs/triton.md). The exit status is 1 if a gate is not met.
+
+The whole matrix takes an hour and more; it may be run in pieces, target by target, and judged whole:
+
+    python -m benchmarks.static_report --targets sm_90 --json sm_90.json
+    python -m benchmarks.static_report --from sm_80.json sm_90.json --json all.json
+
+Triton keeps what it compiled (TRITON_CACHE_DIR), so that a repetition takes seconds a cell.
 """
 
 from __future__ import annotations
@@ -15,6 +22,10 @@ import json
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+
+import torch
+import triton
 
 # said explicitly in every launch; the variable only silences the compiler's notice about its default
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -27,6 +38,7 @@ from benchmarks.static.report import (
     failures,
     launches,
     row_of,
+    sums,
 )
 
 
@@ -37,6 +49,13 @@ def one_cell(cell: tuple[str, int, str, bool]) -> list[Row]:
         row_of(objective, launch, TARGETS[target], head_dim, dtype)
         for objective, launch in launches(target, head_dim, dtype, variants)
     ]
+
+
+def rows_of(path: str) -> list[Row]:
+    """The rows of an earlier run's JSON."""
+    with open(path, encoding="utf-8") as file:
+        rows = json.load(file)["rows"]
+    return [Row(**{**row, "problems": tuple(row["problems"])}) for row in rows]
 
 
 def line(row: Row) -> str:
@@ -63,32 +82,55 @@ HEADER = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", metavar="FILE", help="write every row as JSON")
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", metavar="FILE", help="write rows, sums and versions as JSON")
+    parser.add_argument(
+        "--from",
+        dest="pieces",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="take the rows of earlier runs; nothing is compiled unless --targets says what",
+    )
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), help="default: all")
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS))
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=list(DTYPES))
     parser.add_argument(
         "--variants", action="store_true", help="compile other objectives' branches, too"
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)"
+    )
     options = parser.parse_args(arguments)
+    targets = options.targets or ([] if options.pieces else list(TARGETS))
     cells = [
         (target, head_dim, dtype, options.variants)
-        for target in options.targets
+        for target in targets
         for head_dim in options.head_dims
         for dtype in options.dtypes
     ]
     print(HEADER, flush=True)
-    rows: list[Row] = []
+    rows = [row for piece in options.pieces for row in rows_of(piece)]
     with ProcessPoolExecutor(options.jobs) as pool:
         for done in as_completed([pool.submit(one_cell, cell) for cell in cells]):
             for row in done.result():
                 rows.append(row)
                 print(line(row), flush=True)
     if options.json:
+        report = {
+            "versions": {"triton": triton.__version__, "torch": torch.__version__},
+            "sums": [asdict(total) for total in sums(rows)],
+            "rows": [row.to_dict() for row in rows],
+        }
         with open(options.json, "w", encoding="utf-8") as file:
-            json.dump([row.to_dict() for row in rows], file, indent=1)
+            json.dump(report, file, indent=1)
+    for total in sums(rows):
+        print(
+            f"{total.target:7s} {total.name:34s} {total.clocks} clocks, floor {total.floor}, "
+            f"ratio {total.ratio}, limit {total.most}"
+        )
     missed = failures(rows)
     for message in missed:
         print("GATE", message)

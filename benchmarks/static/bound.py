@@ -97,6 +97,9 @@ def loops_of(code: str, tensor: str) -> tuple[list[range], range, list[tuple[str
     loops = set()
     for place, (opcode, rest) in enumerate(instructions):
         jump = _JUMP.search(rest)
+        before = [opcode for opcode, _ in instructions[max(place - 2, 0) : place]]
+        if before[-1:] == ["BRA"] and before[0].startswith("SYNCS"):
+            continue  # the way back from a wait that lies behind the program: no loop
         if opcode.startswith("BRA") and jump and labels.get(jump.group(1), place + 1) <= place:
             body = range(labels[jump.group(1)], place + 1)
             if any(re.match(tensor, instructions[i][0]) for i in body) and len(body) > 8:
@@ -161,16 +164,20 @@ class Job:
 
     Attributes:
         passes: how often each inner loop runs, in the order of the code: for one program, or for one
-            turn of the loop around them. ``flops``: of the matrix products of one pass.
+            turn of the loop around them. ``flops``, ``exps``: of the matrix products and the
+            exponentials of one pass.
         elements: score elements that these passes are about. flops_floor, exps_floor: what the
             mathematics needs per element.
+        turns: of the loop around, for one program; 0 if there is none.
     """
 
     passes: tuple[float, ...]
     flops: float
+    exps: float
     elements: float
     flops_floor: float
     exps_floor: float
+    turns: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -189,20 +196,30 @@ class Bound:
         return self.clocks / self.floor
 
 
+def floor_of(target: str, flops: float, exps: float) -> float:
+    """Clocks that a target needs at least for so many FLOP and exponentials."""
+    return max(flops / _FLOP_PER_CLOCK[target], exps / _SPECIAL)
+
+
 def bound_of(compiled: Compiled, job: Job) -> Bound:
     """The static bound of a launch.
 
     Every loop is bounded by its own busiest pipe, and so is what lies between; the bounds are added up.
+    Pipelining peels passes off a loop, which then turns less often: by as many passes as lie outside
+    with all their products and exponentials.
 
     Raises:
-        ValueError: the code has other loops than the job says.
+        ValueError: the code has other loops or products than the job says: it cannot be read.
     """
     target = compiled.target
     inner, around, instructions = loops_of(compiled.code, target.tensor_core)
     if len(inner) != len(job.passes):
         raise ValueError(f"{len(inner)} loops with matrix products, {len(job.passes)} expected")
+    if not job.turns:
+        around = range(len(instructions))
+    elif len(around) == len(instructions):
+        raise ValueError("no loop around the inner ones")
     inside = {i for loop in inner for i in loop}
-    rest = [instructions[i] for i in around if i not in inside]
     rate = _FLOP_PER_CLOCK[target.name]
     works = []
     for loop in inner:
@@ -210,20 +227,27 @@ def bound_of(compiled: Compiled, job: Job) -> Bound:
         count = sum(bool(re.match(target.tensor_core, opcode)) for opcode, _ in part)
         # tcgen05 names no shape: the products of a loop share what one pass of it computes
         works.append(work_of(compiled, part, job.flops / count))
-    overhead = work_of(compiled, rest, job.flops / max(work.tensor for work in works))
-    # products peeled off the loops by pipelining are in the rest; the loops make the others
-    whole = sum(job.passes) * job.flops / rate
-    share = max(whole - overhead.clocks["tensor"], 0.0) / whole
+    each = job.flops / max(work.tensor for work in works)
+    rest = work_of(compiled, [instructions[i] for i in around if i not in inside], each)
+    outside = [x for i, x in enumerate(instructions) if i not in around and i not in inside]
+    once = work_of(compiled, outside, each)  # code of a program that no turn repeats
+    peeled = rest.clocks["tensor"] * rate / job.flops
+    if job.exps:
+        peeled = min(peeled, rest.ex2 * 32 * compiled.warps / job.exps)
+    share = 1 - peeled / sum(job.passes)
+    if share <= 0:
+        raise ValueError("the passes outside the loops are more than the job has")
     total, clocks = Work(), 0.0
     for work, passes in zip(works, job.passes, strict=True):
         # a loop whose body the compiler doubled makes two passes a turn
         turns = share * passes * job.flops / rate / work.clocks["tensor"]
         total.add(work, turns)
         clocks += work.bound() * turns
+    between = rest.bound() + (once.bound() / job.turns if job.turns else 0.0)
     return Bound(
-        clocks=(clocks + overhead.bound()) / job.elements,
+        clocks=(clocks + between) / job.elements,
         inner=clocks / (share * job.elements),
-        floor=max(job.flops_floor / rate, job.exps_floor / _SPECIAL),
+        floor=floor_of(target.name, job.flops_floor, job.exps_floor),
         limiter=total.limiter(),
-        shared_clocks=(total.shared_bytes + overhead.shared_bytes) / 128 / job.elements,
+        shared_clocks=(total.shared_bytes + rest.shared_bytes) / 128 / job.elements,
     )

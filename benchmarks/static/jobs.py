@@ -28,24 +28,41 @@ def job_of(launch: Launch) -> Job:
     """
     a, name = launch.arguments, launch.name
     rows, keys = a["BR"], a["BC"]
+    tile = float(rows * keys)
     products, exps = WORK[name]
-    flops = 2.0 * rows * keys * a["BDS"]
+    if a.get("SCORES", False):  # maps of scores: no softmax
+        exps = 0
+    flops = 2.0 * tile * a["BDS"]
     floors = (2.0 * a["DS"] * products, float(exps))
     if name in ("statistics", "map_gradient", "pooled_sums"):
+        if name == "pooled_sums":
+            tiles = _passes(a["p_keys"], 3, keys, rows, False)[0]
+        else:
+            tiles = _passes(a["p_rows"], 6, rows, keys, False)[0]
+        turns = max(tiles / a["parts"], 1.0)
         if a["HEADS"] != "mean":  # one loop over tiles, a product of each side in it
-            return Job((1.0,), 2 * flops, float(rows * keys), *floors)
+            return Job((turns,), 2 * flops, exps * tile, turns * tile, *floors)
         heads = (float(a["heads_s"]), float(a["heads_t"]))
-        return Job(heads, flops, rows * keys * sum(heads) / 2, *floors)
+        both = tile * sum(heads) / 2
+        return Job(heads, flops, exps / 2 * tile, both, *floors, turns=turns)
+    turns = 0.0
     if name == "flash":
-        passes: tuple[float, ...] = (LENGTH // 64 * 64 / keys,)
+        passes: tuple[float, ...] = (LENGTH // 128 * 128 / keys,)
     elif name == "dk":
         passes = _passes(a["p_keys"], 3, keys, rows, a["INTERVAL"])
+        turns = float(a["REPEAT_S"]) if a["REPEAT_S"] > 1 else 0.0
     else:
         slots: tuple[int, ...] = (a["LO"],) if name == "row_lse" else (6,)
         if a.get("OTHERS", False):
             slots = (6, 8)
         passes = sum((_passes(a["p_rows"], s, rows, keys, a["INTERVAL"]) for s in slots), ())
-    return Job(passes, flops * products, sum(passes) * rows * keys, *floors)
+    return Job(passes, flops * products, exps * tile, sum(passes) * tile, *floors, turns=turns)
+
+
+def pairs_of(launch: Launch) -> int:
+    """(row, key) pairs that the keys of a dk launch are seen in."""
+    entries: Tensor = launch.arguments["p_keys"]
+    return int((entries[:, 4] - entries[:, 3]).clamp(min=0).sum())
 
 
 def _passes(entries: Tensor, slot: int, block: int, size: int, interval: bool) -> tuple[float, ...]:

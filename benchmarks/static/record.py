@@ -65,7 +65,10 @@ def _recording(target: str) -> Iterator[list[Launch]]:
 
 
 def record(case: Case, target: str) -> list[Launch]:
-    """The launches of a forward and a backward on ``target`` (sm_80, gfx942, ...)."""
+    """The launches of a forward and a backward on ``target`` (sm_80, gfx942, ...).
+
+    fp32 products are recorded as tf32: "ieee" ones are no matter of the matrix unit.
+    """
     shape = (1, LENGTH, case.head_dim)
 
     def random(heads: int) -> torch.Tensor:
@@ -83,9 +86,14 @@ def record(case: Case, target: str) -> list[Launch]:
         visual_mask=visual,
         spec=case.spec,
     )
-    with _recording(target) as launches:
-        saved = backend.forward(problem)
-        backend.backward(problem, saved, torch.ones(()))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with _recording(target) as launches:
+            saved = backend.forward(problem)
+            backend.backward(problem, saved, torch.ones(()))
+    finally:
+        torch.set_float32_matmul_precision(before)
     return launches
 
 
