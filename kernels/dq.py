@@ -2,7 +2,8 @@
 
 dS follows from the head's recomputed scores, the workspace and delta (``primitives.score_gradient``).
 With a softmax over all keys, those outside V get -P delta; they form a list of their own and the
-program visits it second, without touching the workspace. The rows of the block stay in registers.
+program visits it second, without touching the workspace. The rows of the block stay in registers. With few
+rows the keys are cut into parts (``split``).
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Call, Side, blocks_of, launch
+from .launch import Call, Side, blocks_of, launch, splits_for
 from .map_gradient import Workspace
 from .primitives import (
     edge_tile,
     inner_tiles,
     load_tile,
+    part_of,
     reached,
     row_block,
     score_gradient,
@@ -27,6 +29,7 @@ from .primitives import (
     tile_offsets,
     workspace_offsets,
 )
+from .split import add_up, block_and_part, empty_parts
 
 
 @triton.jit
@@ -65,7 +68,7 @@ def _add_tile(
 @triton.jit
 def _sweep(
     b_acc, b_q, p_ks, p_g, p_x, p_keys, o_g, o_d, b_here, b_who, b_lo, b_hi, b_l, b_fold, b_delta,
-    skl, key_length, window, pitch, factor, cap,
+    skl, key_length, window, pitch, factor, cap, i_part, parts, SPLIT: tl.constexpr,
     INSIDE: tl.constexpr, EACH: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     CAP: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr,
     INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
@@ -73,6 +76,8 @@ def _sweep(
 ):  # fmt: skip
     """b_acc [BR, BD] plus dS k over one list of keys: the tiles that need a mask, then the others."""
     i_lo, i_hi = reached(b_lo, b_hi, BC)
+    if SPLIT:
+        i_lo, i_hi = part_of(i_lo, i_hi, i_part, parts)
     i_in, i_out = inner_tiles(b_here, b_lo, b_hi, i_lo, i_hi, BC, INTERVAL)
     # one stage: with a pass or two to go a pipeline would be little but its own beginning
     for i_edge in tl.range(i_lo, i_hi - (i_out - i_in), num_stages=1):
@@ -100,12 +105,14 @@ def _dq(
     p_qs, p_ks, p_lse, p_fold, p_delta, p_g, p_x, p_out, p_rows, p_keys, p_others,
     sqb_s, sqh_s, sqr_s, skb_s, skh_s, skl_s, heads_s, REPEAT_S: tl.constexpr, factor_s, cap_s,
     rows, groups, row_length, key_length, window, row_start, row_end, pitch, space, slope,
+    parts, n_batch, SPLIT: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, DS: tl.constexpr, BDS: tl.constexpr, CAP_S: tl.constexpr,
     EACH: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr, OTHERS: tl.constexpr,
     INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
     WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_r, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_r, i_part = block_and_part(parts, SPLIT)
+    i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     p_rows += i_b * 11 * row_length
     p_keys += i_b * 5 * key_length
     p_qs += i_b * sqb_s + i_h * sqh_s
@@ -134,7 +141,7 @@ def _dq(
     b_acc = tl.zeros([BR, BDS], tl.float32)
     b_acc = _sweep(
         b_acc, b_q, p_ks, p_g, p_x, p_keys, o_g, o_d, b_here, b_who, b_lo, b_hi,
-        b_l, b_fold, b_delta, skl_s, key_length, window, pitch, factor_s, cap_s,
+        b_l, b_fold, b_delta, skl_s, key_length, window, pitch, factor_s, cap_s, i_part, parts, SPLIT,
         True, EACH, BC, DS, BDS, CAP_S, LOGS, SCORES,
         INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
     )  # fmt: skip
@@ -143,11 +150,14 @@ def _dq(
         b_acc = _sweep(
             b_acc, b_q, p_ks, p_g, p_x, p_others + i_b * 5 * key_length, o_g, o_d,
             b_here, b_who, b_lo, b_hi,
-            b_l, b_fold, b_delta, skl_s, key_length, window, pitch, factor_s, cap_s,
+            b_l, b_fold, b_delta, skl_s, key_length, window, pitch, factor_s, cap_s, i_part, parts, SPLIT,
             False, EACH, BC, DS, BDS, CAP_S, LOGS, SCORES,
             INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
         )  # fmt: skip
-    o_out = (o_bh * rows + b_row)[:, None] * DS + o_d[None, :]  # [BR, BD]
+    o_place = o_bh * rows + b_row  # [BR]
+    if SPLIT:
+        o_place = ((i_part * n_batch + i_b) * heads_s + i_h) * (row_end - row_start) + o_g
+    o_out = o_place[:, None] * DS + o_d[None, :]  # [BR, BD]
     b_out = (b_acc * tl.load(slope)).to(p_out.dtype.element_ty)
     tl.store(p_out + o_out, b_out, mask=b_here[:, None] & (o_d < DS)[None, :])
 
@@ -173,9 +183,14 @@ class HeadTensors:
 def dq(call: Call, side: Side, heads: HeadTensors, space: Workspace, out: Tensor) -> None:
     """Write dq of the workspace's rows into out [B, H, R, D], contiguous, zero elsewhere."""
     tile = call.tile("dq", side.size)
+    count = space.end - space.start
+    keys = max(call.lists.compared.count, call.lists.others.count if heads.others else 0)
+    programs = blocks_of(count, tile.rows) * side.heads * call.batch
+    parts = splits_for(programs, blocks_of(keys, tile.keys), call.multiprocessors())
+    written = out if parts == 1 else empty_parts(parts, space, out)
     launch(
         _dq,
-        lambda rows, _: (blocks_of(space.end - space.start, rows), side.heads, call.batch),
+        lambda rows, _: (blocks_of(count, rows) * parts, side.heads, call.batch),
         {
             **side.arguments("s"),
             **side.constants("s"),
@@ -188,7 +203,10 @@ def dq(call: Call, side: Side, heads: HeadTensors, space: Workspace, out: Tensor
             "slope": heads.slope,
             "p_g": space.g,
             "p_x": space.x,
-            "p_out": out,
+            "p_out": written,
+            "parts": parts,
+            "n_batch": call.batch,
+            "SPLIT": parts > 1,
             "rows": call.rows,
             "groups": call.groups,
             "row_start": space.start,
@@ -202,3 +220,5 @@ def dq(call: Call, side: Side, heads: HeadTensors, space: Workspace, out: Tensor
         },
         tile,
     )
+    if parts > 1:
+        add_up(written, call, space, out)

@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Call, Side, blocks_of, launch
+from .launch import Call, Side, blocks_of, launch, splits_for
 from .map_gradient import Workspace
 from .primitives import (
     edge_tile,
     inner_tiles,
     load_tile,
     log2_scores,
+    part_of,
     reached,
     row_block,
     seen_keys,
@@ -28,6 +29,7 @@ from .primitives import (
     tile_offsets,
     workspace_offsets,
 )
+from .split import add_up, block_and_part, empty_parts
 
 
 @triton.jit
@@ -67,12 +69,14 @@ def _row_delta(
     p_qs, p_ks, p_lse, p_g, p_x, p_delta, p_rows, p_keys,
     sqb_s, sqh_s, sqr_s, skb_s, skh_s, skl_s, heads_s, REPEAT_S: tl.constexpr, factor_s, cap_s,
     rows, groups, pairs, row_length, key_length, window, row_start, row_end, pitch, space,
+    parts, n_batch, SPLIT: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, DS: tl.constexpr, BDS: tl.constexpr, CAP_S: tl.constexpr,
     HEADS: tl.constexpr, LOGS: tl.constexpr, SCORES: tl.constexpr,
     INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
     WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_r, i_pair, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_r, i_part = block_and_part(parts, SPLIT)
+    i_pair, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_h = i_pair
     i_g = 0
     if HEADS == "each":
@@ -90,6 +94,8 @@ def _row_delta(
     o_d = tl.arange(0, BDS)  # [BD]
     b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6)
     i_lo, i_hi = reached(b_lo, b_hi, BC)
+    if SPLIT:
+        i_lo, i_hi = part_of(i_lo, i_hi, i_part, parts)
     i_in, i_out = inner_tiles(b_who[0] >= 0, b_lo, b_hi, i_lo, i_hi, BC, INTERVAL)
     p_g += (i_b * groups + i_g) * space
     if LOGS:
@@ -116,20 +122,28 @@ def _row_delta(
                 skl_s, key_length, window, pitch, factor_s, cap_s, False, HEADS == "each", DS, BDS, CAP_S,
                 LOGS, SCORES, INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
             )  # fmt: skip
-    tl.store(p_delta + (i_b * pairs + i_pair) * rows + b_row, b_delta, mask=b_here)
+    o_place = (i_b * pairs + i_pair) * rows + b_row  # [BR]
+    if SPLIT:
+        o_place = ((i_part * n_batch + i_b) * pairs + i_pair) * (row_end - row_start) + o_g
+    tl.store(p_delta + o_place, b_delta, mask=b_here)
 
 
 def row_delta(call: Call, side: Side, lse: Tensor, space: Workspace, delta: Tensor) -> None:
-    """Write the sums of the workspace's rows into delta.
+    """Write the sums of the workspace's rows into delta, zero elsewhere.
 
     Args:
         lse: [B, H, R] in log2, shares and normalisation folded in.
         delta: [B, pairs, R] fp32: pairs is H, or H x G (h-major) for heads="mix".
     """
     tile = call.tile("row_delta", side.size)
+    count, pairs = space.end - space.start, delta.shape[1]
+    programs = blocks_of(count, tile.rows) * pairs * call.batch
+    most = blocks_of(call.lists.compared.count, tile.keys)
+    parts = splits_for(programs, most, call.multiprocessors())
+    written = delta if parts == 1 else empty_parts(parts, space, delta)
     launch(
         _row_delta,
-        lambda rows, _: (blocks_of(space.end - space.start, rows), delta.shape[1], call.batch),
+        lambda rows, _: (blocks_of(count, rows) * parts, pairs, call.batch),
         {
             **side.arguments("s"),
             **side.constants("s"),
@@ -138,10 +152,13 @@ def row_delta(call: Call, side: Side, lse: Tensor, space: Workspace, delta: Tens
             "p_lse": lse,
             "p_g": space.g,
             "p_x": space.x,
-            "p_delta": delta,
+            "p_delta": written,
+            "parts": parts,
+            "n_batch": call.batch,
+            "SPLIT": parts > 1,
             "rows": call.rows,
             "groups": call.groups,
-            "pairs": delta.shape[1],
+            "pairs": pairs,
             "row_start": space.start,
             "row_end": space.end,
             "pitch": space.pitch,
@@ -152,3 +169,5 @@ def row_delta(call: Call, side: Side, lse: Tensor, space: Workspace, delta: Tens
         },
         tile,
     )
+    if parts > 1:
+        add_up(written, call, space, delta)

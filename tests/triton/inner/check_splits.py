@@ -14,7 +14,7 @@ from fastalign.backends import triton as backend  # noqa: F401, it makes fastali
 from ...problems import Inputs, random_inputs, spec_id
 from .common import check, run
 
-from fastalign.kernels import map_gradient, pooled, row_lse, statistics  # isort: skip
+from fastalign.kernels import dq, map_gradient, pooled, row_delta, row_lse, statistics  # isort: skip
 from fastalign.kernels.launch import Call  # isort: skip
 
 LENGTH = 70
@@ -50,7 +50,7 @@ def _few_rows(spec: AlignSpec) -> Inputs:
 def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], dict[str, list[int]]]:
     """``cut(True)``: as many parts as there are tiles; ``cut(False)``: one. Returns what was chosen."""
     chosen: dict[str, list[int]] = {}
-    for module in (map_gradient, pooled, row_lse, statistics):
+    for module in (dq, map_gradient, pooled, row_delta, row_lse, statistics):
         name = module.__name__.rpartition(".")[2]
         real = module.splits_for
 
@@ -78,7 +78,7 @@ def test_parts_are_the_whole(spec: AlignSpec, cut: Callable[[bool], dict[str, li
     chosen = cut(True)
     parts = check(inputs, spec)
     used = {name for name, counts in chosen.items() if max(counts) > 2}
-    assert "row_lse" in used
+    assert {"row_lse", "row_delta", "dq"} <= used
     # pooled_sums cuts rows, and five are one tile of them; renormalising needs a row's whole sum
     assert "statistics" in used or spec.compare == "pooled"
     assert "map_gradient" in used or spec.normalize == "visual"
