@@ -17,7 +17,7 @@
 
 #include <cstdint>
 
-#define FASTALIGN_ABI 1
+#define FASTALIGN_ABI 2
 
 extern "C" {
 
@@ -91,6 +91,8 @@ int64_t fa_statistics(void* session, int64_t chunk, const void* thresholds);  //
 int64_t fa_pool(void* session, int64_t chunk, const void* thresholds);
 int64_t fa_gradients(void* session, int64_t chunk, const void* thresholds, const FaCoefficients* c);
 void fa_close(void* session);
+// out[i] = bfloat16(factor in[i]).
+int64_t fa_scale(const float* in, int64_t count, double factor, void* out, int64_t threads);
 // The most bytes of workspace at once since the last call of this, which also lets go what is kept.
 int64_t fa_peak_bytes();
 void fa_poison(int64_t on);  // for tests: fill every buffer with NaN, so that what is not written shows
@@ -108,11 +110,18 @@ struct Session {
   virtual void gradients(int64_t chunk, const void* thresholds, const FaCoefficients& c) = 0;
 };
 
-// Engine<Real> of each instruction set, defined in kernels.cpp.
-namespace generic { template <typename Real> Session* open(const FaCall& call); }
-namespace avx2 { template <typename Real> Session* open(const FaCall& call); }
-namespace avx512 { template <typename Real> Session* open(const FaCall& call); }
-namespace avx512_bf16 { template <typename Real> Session* open(const FaCall& call); }
-namespace native { template <typename Real> Session* open(const FaCall& call); }
+// Engine<Real> of each instruction set, and what fa_scale calls, defined in kernels.cpp.
+#define FASTALIGN_KERNELS(isa)                                                                \
+  namespace isa {                                                                             \
+  template <typename Real> Session* open(const FaCall& call);                                 \
+  template <typename Real>                                                                    \
+  void scale(const Real* in, int64_t count, Real factor, uint16_t* out, int64_t threads);     \
+  }
+FASTALIGN_KERNELS(generic)
+FASTALIGN_KERNELS(avx2)
+FASTALIGN_KERNELS(avx512)
+FASTALIGN_KERNELS(avx512_bf16)
+FASTALIGN_KERNELS(native)
+#undef FASTALIGN_KERNELS
 
 }  // namespace fastalign

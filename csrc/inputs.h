@@ -15,6 +15,13 @@ inline float from_bits(uint32_t bits) {
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
+// The bits of the nearest bfloat16, ties to even; NaN stays NaN.
+inline uint16_t narrow(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return static_cast<uint16_t>(x != x ? 0x7fc0 : rounded >> 16);
+}
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 inline float widen(BFloat16 x) { return from_bits(uint32_t(x.bits) << 16); }

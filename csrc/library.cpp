@@ -27,7 +27,13 @@ using Open = fastalign::Session* (*)(const FaCall&);
 struct Isa {
   const char* name;
   Open narrow, wide;  // float, double
+  void (*scale)(const float*, int64_t, float, uint16_t*, int64_t);
 };
+
+#define FASTALIGN_ISA_OF(isa)                                                                    \
+  Isa {                                                                                          \
+    #isa, fastalign::isa::open<float>, fastalign::isa::open<double>, fastalign::isa::scale<float> \
+  }
 
 // The widest set that this machine has; the environment variable FASTALIGN_ISA names a narrower one.
 Isa choose() {
@@ -36,25 +42,25 @@ Isa choose() {
     return !wanted || !std::strcmp(wanted, name);
   };
 #ifdef FASTALIGN_NATIVE
-  return {"native", fastalign::native::open<float>, fastalign::native::open<double>};
+  return FASTALIGN_ISA_OF(native);
 #endif
 #ifdef FASTALIGN_AVX512_BF16
   if (allowed("avx512_bf16") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512bf16"))
-    return {"avx512_bf16", fastalign::avx512_bf16::open<float>, fastalign::avx512_bf16::open<double>};
+    return FASTALIGN_ISA_OF(avx512_bf16);
 #endif
 #ifdef FASTALIGN_AVX512
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
-    return {"avx512", fastalign::avx512::open<float>, fastalign::avx512::open<double>};
+    return FASTALIGN_ISA_OF(avx512);
 #endif
 #ifdef FASTALIGN_AVX2
   if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {"avx2", fastalign::avx2::open<float>, fastalign::avx2::open<double>};
+    return FASTALIGN_ISA_OF(avx2);
 #endif
 #ifdef FASTALIGN_GENERIC
-  return {"generic", fastalign::generic::open<float>, fastalign::generic::open<double>};
+  return FASTALIGN_ISA_OF(generic);
 #endif
 }
 
@@ -91,5 +97,10 @@ int64_t fa_pool(void* session, int64_t chunk, const void* thresholds) {
 }
 int64_t fa_gradients(void* session, int64_t chunk, const void* thresholds, const FaCoefficients* c) {
   return guarded([&] { as_session(session).gradients(chunk, thresholds, *c); });
+}
+int64_t fa_scale(const float* in, int64_t count, double factor, void* out, int64_t threads) {
+  return guarded([&] {
+    isa().scale(in, count, static_cast<float>(factor), static_cast<uint16_t*>(out), threads);
+  });
 }
 void fa_close(void* session) { delete static_cast<fastalign::Session*>(session); }

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import cpu
 from .backends.contract import Forward, Gradients, empty_forward
 from .problem import Problem
 from .registry import backend_for, gradients_together
@@ -211,8 +212,7 @@ def _scale(
     """Kept gradients times the upstream one, in the inputs' types."""
     dtypes = (q.dtype, k.dtype, d_mix.dtype if mix is None else mix.dtype)
     return tuple(
-        torch.mul(x, grad.to(x.dtype), out=x.new_empty(x.shape, dtype=dtype))
-        for x, dtype in zip((d_q, d_k, d_mix), dtypes, strict=True)
+        cpu.scaled(x, grad, dtype) for x, dtype in zip((d_q, d_k, d_mix), dtypes, strict=True)
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_double, c_int64, c_void_p
@@ -39,7 +40,7 @@ logger = logging.getLogger("fastalign")
 #: The part of the workspace that does not follow the inputs' size: maps, attention and tiles.
 WORKSPACE_BYTES = 64 * 2**20
 
-_ABI = 1
+_ABI = 2
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _HEADS = {"mean": 0, "each": 1, "mix": 2}
 _NORMALIZE = {"joint": 0, "visual": 1, "visual_per_head": 2, "none": 3}
@@ -90,34 +91,60 @@ def load_library() -> ctypes.CDLL:
 
     Raises:
         fastalign._build.BuildError: they cannot be compiled.
-        RuntimeError: the library does not speak this file's interface.
+        RuntimeError: the system cannot load the library, it does not speak this file's interface, or it has
+            no kernels of the instruction set that ``FASTALIGN_ISA`` names.
     """
     path = _build.find()
     assert path is not None
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeError(f"{path} cannot be loaded ({error}): reinstall fastalign") from error
     library.fa_error.restype = c_char_p
     library.fa_isa.restype = c_char_p
     library.fa_peak_bytes.restype = c_int64
     library.fa_poison.argtypes, library.fa_poison.restype = (c_int64,), None
     library.fa_abi.restype = library.fa_call_size.restype = c_int64
-    signatures: dict[str, tuple[Any, ...]] = {
-        "fa_open": (POINTER(_Call), POINTER(c_void_p), POINTER(c_int64)),
-        "fa_maps": (c_void_p, c_int64),
-        "fa_statistics": (c_void_p, c_int64, c_void_p),
-        "fa_pool": (c_void_p, c_int64, c_void_p),
-        "fa_gradients": (c_void_p, c_int64, c_void_p, POINTER(_Coefficients)),
-    }
-    for name, arguments in signatures.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, c_int64
-    library.fa_close.argtypes, library.fa_close.restype = (c_void_p,), None
     found = (library.fa_abi(), library.fa_call_size())
     if found != (_ABI, ctypes.sizeof(_Call)):
         raise RuntimeError(
             f"{path} has interface {found}, this Python needs {(_ABI, ctypes.sizeof(_Call))}: reinstall "
             "fastalign, so that both come from one source"
         )
+    signatures: dict[str, tuple[Any, ...]] = {
+        "fa_open": (POINTER(_Call), POINTER(c_void_p), POINTER(c_int64)),
+        "fa_maps": (c_void_p, c_int64),
+        "fa_statistics": (c_void_p, c_int64, c_void_p),
+        "fa_pool": (c_void_p, c_int64, c_void_p),
+        "fa_gradients": (c_void_p, c_int64, c_void_p, POINTER(_Coefficients)),
+        "fa_scale": (c_void_p, c_int64, c_double, c_void_p, c_int64),
+    }
+    for name, arguments in signatures.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, c_int64
+    library.fa_close.argtypes, library.fa_close.restype = (c_void_p,), None
+    wanted, chosen = os.environ.get("FASTALIGN_ISA"), library.fa_isa().decode()
+    if wanted and wanted != chosen:
+        raise RuntimeError(
+            f"FASTALIGN_ISA is {wanted!r}, which {path} does not hold or this machine lacks; allowed: one of "
+            f"generic, avx2, avx512, avx512_bf16 in a portable build, or unset ({chosen} here)"
+        )
     return library
+
+
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x * factor`` in another type, rounded once; ``factor`` is a scalar tensor of x's device.
+
+    What torch does by way of two temporary tensors, and the kernels in one look at x where x is theirs.
+    """
+    out = x.new_empty(x.shape, dtype=dtype)
+    ours = x.device.type == "cpu" and (x.dtype, dtype) == (torch.float32, torch.bfloat16)
+    if not ours or not x.is_contiguous() or unavailable():
+        return torch.mul(x, factor.to(x.dtype), out=out)
+    load_library().fa_scale(
+        x.data_ptr(), x.numel(), float(factor), out.data_ptr(), torch.get_num_threads()
+    )
+    return out
 
 
 def peak_workspace() -> int:
