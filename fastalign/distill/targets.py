@@ -8,6 +8,7 @@ their content, so that order, shuffling and passed-over samples are as they woul
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -320,9 +321,14 @@ def _digest_of(place: str) -> str | None:
 
 
 def _processor_digest(processor: Any) -> str:
-    """sha256 over the files that it saves."""
+    """sha256 over the files that it saves, but for whether it was loaded offline, which they say, too."""
     with tempfile.TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
+        config = Path(folder) / "tokenizer_config.json"
+        if config.is_file():
+            values = json.loads(config.read_text())
+            values.pop("local_files_only", None)
+            config.write_text(json.dumps(values, sort_keys=True))
         return _files_digest(sorted(p for p in Path(folder).rglob("*") if p.is_file()))
 
 

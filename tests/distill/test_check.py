@@ -494,6 +494,37 @@ def test_quantiles_are_values_that_occur() -> None:
     assert quantiles([]) == {}
 
 
+# --------------------------------------------------------------------------- recorded targets
+
+
+def test_recorded_targets_take_the_teachers_place(world: Path) -> None:
+    stages = [{"preset": "dft", "lora": None}]
+    models = {"teacher": "teacher", "student": "student", "cache": {"path": "targets"}}
+    path = rewrite(world, models=models, stages=stages)
+    (problem,) = check(path).part("recorded targets").problems
+    assert "models.cache" in problem and "holds no finished recording of stage dft" in problem
+    assert CliRunner().invoke(build_app(), ["cache", str(path)]).exit_code == 0
+
+    shutil.rmtree(world / "teacher")  # it is not needed any more
+    before = tree(world)
+    outcome = check(path, dry_step=True)
+    assert outcome.ok, problems(outcome)
+    assert tree(world) == before
+    assert set(outcome.part("dry step").facts["stages"]["dft"]["terms"]) == {
+        "lm",
+        "kd",
+        "alignment",
+    }
+    lines = outcome.part("memory").facts["stages"]["dft"]["lines"]
+    assert "teacher's weights" not in lines and "a recorded map" in lines
+
+    records = json.loads((world / "data.json").read_text())
+    records[4]["conversations"][1]["value"] = "at right"
+    (world / "data.json").write_text(json.dumps(records))
+    (problem,) = check(path).part("data").problems
+    assert "sample 4" in problem and "not among the recorded targets of stage dft" in problem
+
+
 # ------------------------------------------------------------------- memory and the dry step
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..loading import load_processor, place_of
-from ..memory.models import read_config
+from ..memory.models import loads_teacher, read_config
 from ..plain import RecipeError
 from ..recipe import Recipe
 from .outcome import Part, size_text
@@ -47,9 +47,9 @@ def offline() -> Iterator[None]:
 
 
 def check_checkpoints(recipe: Recipe) -> Part:
-    """Configuration and weight files of both models."""
+    """Configuration and weight files of the models that the recipe loads."""
     part = Part("checkpoints")
-    for role in ("teacher", "student"):
+    for role in ("teacher", "student") if loads_teacher(recipe) else ("student",):
         name, entry = getattr(recipe.models, role), f"models.{role}"
         try:
             config = read_config(recipe, name, entry)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,8 +19,10 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
+from ...models import TeacherCache
 from ..loading import load_student, load_teacher, part_of
 from ..memory import FakeModels, Shape, StagePlan, plan_stage
+from ..memory.models import runs_teacher
 from ..memory.plan import RESERVE_BYTES
 from ..recipe import Recipe, resolve
 from ..run import make_trainer
@@ -47,8 +49,31 @@ class Seen:
     broken: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Teachers:
+    """What each stage learns from.
+
+    Attributes:
+        caches: stage -> the teacher's recorded targets, where it trains from them.
+    """
+
+    recipe: Recipe
+    caches: Mapping[str, TeacherCache]
+
+    def load(self, stages: list[Stage]) -> Any:
+        """The teacher itself, if one of these stages runs it or the student reads through its projector."""
+        recipe = self.recipe
+        if recipe.models.taf or any(runs_teacher(recipe, stage) for stage in stages):
+            return load_teacher(recipe)
+        return None
+
+    def of(self, stage: Stage, loaded: Any) -> Any:
+        """The stage's teacher: its recorded targets, or the one that was loaded."""
+        return self.caches.get(stage.name, loaded)
+
+
 def check_dry_steps(
-    recipe: Recipe,
+    teachers: Teachers,
     processor: Any,
     models: FakeModels,
     sources: list[Source],
@@ -64,7 +89,7 @@ def check_dry_steps(
         memory: bytes of this machine's device.
         elsewhere: see ``device_changes``.
     """
-    part = Part("dry step")
+    part, recipe = Part("dry step"), teachers.recipe
     chosen: dict[str, list[Size]] = {}
     for stage in recipe.stages:
         reason = _unable(stage, sources)
@@ -84,7 +109,7 @@ def check_dry_steps(
     part.facts["stages"] = {}
     with _random_kept():
         changes = device_changes(recipe, elsewhere)
-        _run_stages(recipe, processor, sources, chosen, part, changes)
+        _run_stages(teachers, processor, sources, chosen, part, changes)
     part.summary = ", ".join(f"{name}: {len(sizes)} samples" for name, sizes in chosen.items())
     return part
 
@@ -137,19 +162,18 @@ def choose(
 
 
 def _run_stages(
-    recipe: Recipe,
+    teachers: Teachers,
     processor: Any,
     sources: list[Source],
     chosen: dict[str, list[Size]],
     part: Part,
     changes: dict[str, Any],
 ) -> None:
+    recipe = teachers.recipe
     needed = [stage for stage in recipe.stages if stage.name in chosen]
-    teacher: Any = None
     try:
-        if recipe.models.taf or any(stage.losses.needs_teacher for stage in needed):
-            teacher = load_teacher(recipe)
-        student = load_student(recipe, teacher)
+        loaded = teachers.load(needed)
+        student = load_student(recipe, loaded)
     # Readers of weights raise their own (safetensors', bitsandbytes'), and all of it ends a run.
     except Exception as error:
         part.problems.append(f"models: they cannot be loaded: {type(error).__name__}: {error}")
@@ -159,7 +183,9 @@ def _run_stages(
         source = source_of(sources, stage)
         assert source is not None and source.dataset is not None
         try:
-            items = [source.dataset.load(size.index) for size in chosen[stage.name]]
+            source.dataset.recorded = source.recorded.get(stage.name)
+            items = [source.dataset[size.index] for size in chosen[stage.name]]
+            teacher = teachers.of(stage, loaded)
             whole, alone = _stage_steps(recipe, stage, student, teacher, processor, items, changes)
         # Whatever a step raises would end the run.
         except Exception as error:

@@ -20,15 +20,14 @@ class ImageTokens:
     """Of teacher and student.
 
     Attributes:
-        views: role -> model without storage.
+        views: role -> model without storage; of the teacher only if it gets the batches.
     """
 
-    def __init__(self, models: FakeModels) -> None:
+    def __init__(self, models: FakeModels, teacher: bool) -> None:
         self.models = models
-        self.views = {
-            "student": ModelView("student", models.plain_student()),
-            "teacher": ModelView("teacher", models.teacher),
-        }
+        self.views = {"student": ModelView("student", models.plain_student())}
+        if teacher:
+            self.views["teacher"] = ModelView("teacher", models.teacher)
         self._known: dict[tuple[str, tuple[int, ...]], int | None] = {}
 
     def __call__(self, role: str, tokens: Tokens, inputs: Mapping[str, Any]) -> int | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ...models import TeacherCache
 from ..heads import tapped_head
 from ..loading import part_of
 from ..memory.models import FakeModels
@@ -56,11 +57,16 @@ class StageFacts:
 
 
 def check_stages(
-    recipe: Recipe, models: FakeModels, *, elsewhere: bool = False
+    recipe: Recipe,
+    models: FakeModels,
+    caches: Mapping[str, TeacherCache] | None = None,
+    *,
+    elsewhere: bool = False,
 ) -> tuple[Part, dict[str, StageFacts]]:
     """(the part, stage -> facts); a stage with a problem has none.
 
     Args:
+        caches: stage -> the teacher's recorded targets; None: the teacher itself runs.
         elsewhere: see ``device_changes``.
     """
     part = Part("stages")
@@ -70,7 +76,10 @@ def check_stages(
         try:
             check_arguments(recipe, stage, elsewhere=elsewhere)
             with without_warnings():
-                found[stage.name] = _facts(stage, models)
+                teacher = models.teacher if caches is None else caches.get(stage.name)
+                if stage.losses.needs_teacher and teacher is None:
+                    continue  # its recorded targets have problems of their own
+                found[stage.name] = _facts(stage, models, teacher)
         except RecipeError as error:
             part.problems += [f"{entry}: {problem}" for problem in error.problems]
         # TypeError: transformers' and peft's own of wrong arguments; ImportError: an optimiser's library.
@@ -118,13 +127,13 @@ def check_arguments(recipe: Recipe, stage: Stage, *, elsewhere: bool = False) ->
     training_arguments(recipe, replace(stage, options=options), Path(), processes, **changes)
 
 
-def _facts(stage: Stage, models: FakeModels) -> StageFacts:
+def _facts(stage: Stage, models: FakeModels, teacher: Any) -> StageFacts:
     student = models.student(stage)
     losses = stage.losses
     with models.running():
         objective = Objective(
             student,
-            models.teacher if losses.needs_teacher else None,
+            teacher if losses.needs_teacher else None,
             losses,
             fused_head=stage.fused_head,
             share_vision="never",  # weights would be compared

@@ -8,18 +8,20 @@ from typing import Any
 
 import torch
 
+from ...models import TeacherCache
 from ..memory import StagePlan
-from ..memory.models import FakeModels
+from ..memory.models import FakeModels, runs_teacher
 from ..memory.render import found_memory
 from ..plain import RecipeError
 from ..recipe import Recipe, load_recipe
 from .checkpoints import check_checkpoints, compare_tokenizers, offline, read_processor
-from .dry import check_dry_steps
+from .dry import Teachers, check_dry_steps
 from .memory import check_memory
 from .outcome import Outcome, Part
 from .output import check_output
 from .plans import check_stages
 from .samples import Progress, Source, check_samples
+from .targets import check_targets
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,25 @@ def _check(recipe: Recipe, options: Options, outcome: Outcome) -> None:
         for name in ("stages", "data", "output", "memory", "dry step"):
             outcome.parts.append(Part(name, left_out="the models are not known"))
         return
-    sizes = {
-        role: int(model.get_input_embeddings().weight.shape[0])
-        for role, model in (("student", models.plain_student()), ("teacher", models.teacher))
-    }
-    if processor is not None:
+    if processor is not None and any(runs_teacher(recipe, stage) for stage in recipe.stages):
+        sizes = {
+            role: int(model.get_input_embeddings().weight.shape[0])
+            for role, model in (("student", models.plain_student()), ("teacher", models.teacher))
+        }
         compare_tokenizers(recipe, processor, sizes, tokens)
+    caches: dict[str, TeacherCache] | None = None
+    if recipe.models.cache is not None:
+        targets, caches = check_targets(recipe, processor)
+        outcome.parts.append(targets)
     elsewhere = options.device_memory is not None
-    stages, facts = check_stages(recipe, models, elsewhere=elsewhere)
+    stages, facts = check_stages(recipe, models, caches, elsewhere=elsewhere)
     outcome.parts.append(stages)
     sources: list[Source] = []
     if processor is None:
         outcome.parts.append(Part("data", left_out="the processor is not known"))
     else:
         data, sources = check_samples(
-            recipe, processor, models, samples=options.samples, progress=options.progress
+            recipe, processor, models, caches, samples=options.samples, progress=options.progress
         )
         outcome.parts.append(data)
     counts = {name: source.length for source in sources for name in source.stages if source.length}
@@ -108,7 +114,8 @@ def _check(recipe: Recipe, options: Options, outcome: Outcome) -> None:
     )
     outcome.parts.append(memory)
     outcome.plans += plans.values()
-    outcome.parts.append(_dry(recipe, options, outcome, processor, models, sources, plans, here))
+    teachers = Teachers(recipe, caches or {})
+    outcome.parts.append(_dry(options, outcome, processor, models, sources, plans, here, teachers))
 
 
 def _models(recipe: Recipe, part: Part) -> FakeModels | None:
@@ -126,7 +133,6 @@ def _models(recipe: Recipe, part: Part) -> FakeModels | None:
 
 
 def _dry(
-    recipe: Recipe,
     options: Options,
     outcome: Outcome,
     processor: Any,
@@ -134,11 +140,12 @@ def _dry(
     sources: list[Source],
     plans: dict[str, StagePlan],
     memory: int,
+    teachers: Teachers,
 ) -> Part:
-    for name in ("checkpoints", "tokenizers"):
-        if outcome.part(name).problems:
-            return Part("dry step", left_out=f"the {name} have problems")
+    for part in outcome.parts:
+        if part.problems and part.name in ("checkpoints", "tokenizers", "recorded targets"):
+            return Part("dry step", left_out=f"the {part.name} have problems")
     if not options.dry_step:
         return Part("dry step", left_out="as asked for")
     elsewhere = options.device_memory is not None
-    return check_dry_steps(recipe, processor, models, sources, plans, memory, elsewhere=elsewhere)
+    return check_dry_steps(teachers, processor, models, sources, plans, memory, elsewhere=elsewhere)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ...models import TeacherCache
 from ...models.tokens import read_tokens
 from ..data import ConversationDataset, SampleError, TemplateError
+from ..data.content import content_digest
 from ..data.records import SourceError
 from ..loading import load_data
 from ..losses import IGNORE_INDEX
-from ..memory.models import FakeModels
+from ..memory.models import FakeModels, runs_teacher
 from ..recipe import Recipe
 from ..stages import Data, Stage
 from .features import ImageTokens
@@ -46,6 +48,7 @@ class Source:
         sizes: of the good samples.
         text_only, truncated: how many of the good ones.
         wrong: what is wrong with all of it (no such file, a template that does not fit).
+        recorded: stage -> contents of samples whose targets were recorded, where it trains from them.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Source:
     text_only: int = 0
     truncated: int = 0
     wrong: str = ""
+    recorded: dict[str, Mapping[str, int]] = field(default_factory=dict)
     dataset: ConversationDataset | None = None
 
     def figures(self) -> dict[str, Any]:
@@ -93,6 +97,7 @@ def check_samples(
     recipe: Recipe,
     processor: Any,
     models: FakeModels,
+    caches: Mapping[str, TeacherCache] | None = None,
     *,
     samples: int | None = None,
     progress: Progress | None = None,
@@ -100,20 +105,26 @@ def check_samples(
     """Load every sample (or the first ``samples``) of every stage's data, each source once.
 
     The part's problems have what holds for a whole source, and each bad sample with its reason.
+
+    Args:
+        caches: stage -> the teacher's recorded targets, where it trains from them.
     """
     part = Part("data")
     found: list[Source] = []
     for stage in recipe.stages:
-        data = recipe.data_of(stage)
+        data, cache = recipe.data_of(stage), (caches or {}).get(stage.name)
         same = next((s for s in found if s.data == data), None)
         if same is not None:
             same.stages.append(stage.name)
-            continue
-        source = Source(data.path, data, [stage.name])
-        found.append(source)
-        _read(recipe, stage, processor, source)
+        else:
+            same = Source(data.path, data, [stage.name])
+            found.append(same)
+            _read(recipe, stage, processor, same)
+        if cache is not None:
+            same.recorded[stage.name] = cache.numbers
+    for source in found:
         if source.dataset is not None:
-            _Reader(source, models, processor, progress).go(samples)
+            _Reader(recipe, source, models, progress).go(samples)
     for source in found:
         entry = f"data of {', '.join(source.stages)}"
         if source.wrong:
@@ -188,6 +199,7 @@ class _Loaded:
     lists: dict[str, list[int]]
     shapes: dict[str, tuple[int, ...]]
     small: dict[str, Any]
+    content: str | None
 
 
 @dataclass(frozen=True)
@@ -200,8 +212,8 @@ class _Bad:
 class _Loads(Dataset[Any]):
     """The samples by number, or why they are bad; indexed in a worker."""
 
-    def __init__(self, dataset: ConversationDataset, count: int) -> None:
-        self.dataset, self.count = dataset, count
+    def __init__(self, dataset: ConversationDataset, count: int, contents: bool) -> None:
+        self.dataset, self.count, self.contents = dataset, count, contents
 
     def __len__(self) -> int:
         return self.count
@@ -226,6 +238,7 @@ class _Loads(Dataset[Any]):
             {name: value for name, value in item.items() if isinstance(value, list)},
             {name: tuple(t.shape) for name, t in tensors.items() if t.is_floating_point()},
             {name: t.numpy() for name, t in tensors.items() if not t.is_floating_point()},
+            content_digest(item) if self.contents else None,
         )
 
 
@@ -233,11 +246,13 @@ class _Reader:
     """Goes through one source."""
 
     def __init__(
-        self, source: Source, models: FakeModels, processor: Any, progress: Progress | None
+        self, recipe: Recipe, source: Source, models: FakeModels, progress: Progress | None
     ) -> None:
         self.source = source
         self.progress = progress
-        self.image_tokens = ImageTokens(models)
+        reading = [stage for stage in recipe.stages if stage.name in source.stages]
+        teacher = any(runs_teacher(recipe, stage) for stage in reading)
+        self.image_tokens = ImageTokens(models, teacher)
         self.views = self.image_tokens.views
         self.rows = {
             role: int(view.model.get_input_embeddings().weight.shape[0])
@@ -269,7 +284,7 @@ class _Reader:
 
     def _loaded(self, count: int) -> Iterator[_Loaded | _Bad]:
         assert self.source.dataset is not None
-        loads = _Loads(self.source.dataset, count)
+        loads = _Loads(self.source.dataset, count, bool(self.source.recorded))
         workers = min(self.source.data.workers, count)
         yield from DataLoader(loads, batch_size=None, num_workers=workers, collate_fn=_same)
 
@@ -306,6 +321,12 @@ class _Reader:
                 return (
                     f"has {length} tokens and the {role} at most {most} positions; allowed: a smaller "
                     "max_length, a shorter sample"
+                )
+        for stage, contents in self.source.recorded.items():
+            if loaded.content not in contents:
+                return (
+                    f"is not among the recorded targets of stage {stage} (its text, image, template or "
+                    "length is another); allowed: the data that were recorded"
                 )
         labels = inputs["labels"]
         size = Size(

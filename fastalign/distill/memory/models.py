@@ -24,7 +24,7 @@ class FakeModels:
         recipe: whose ``models`` are read.
 
     Attributes:
-        teacher: the transformers model.
+        teacher: the transformers model; None where the recipe never loads it and it is not there.
         mode: enter ``self.running()`` to compute with them.
 
     Raises:
@@ -35,14 +35,18 @@ class FakeModels:
         self.recipe = recipe
         self.mode = FakeTensorMode()
         models = recipe.models
-        self._configs = {
-            "student": read_config(recipe, models.student, "models.student"),
-            "teacher": read_config(recipe, models.teacher, "models.teacher"),
-        }
+        self._configs = {"student": read_config(recipe, models.student, "models.student")}
+        try:
+            self._configs["teacher"] = read_config(recipe, models.teacher, "models.teacher")
+        except RecipeError:
+            if loads_teacher(recipe):
+                raise
         if models.taf is not None and self._configs["student"].model_type != "llava_taf":
             self._configs["student"] = _with_taf(self._configs, models.taf)
-        teacher = self._meta("teacher", models.teacher_dtype).eval().requires_grad_(False)
-        self.teacher = self._fake(teacher)
+        self.teacher: Any = None
+        if "teacher" in self._configs:
+            teacher = self._meta("teacher", models.teacher_dtype).eval().requires_grad_(False)
+            self.teacher = self._fake(teacher)
 
     def student(self, stage: Stage) -> Any:
         """The student as a stage trains it: adapter fetch, frozen parts and LoRA included."""
@@ -85,6 +89,16 @@ class FakeModels:
                             made[id(tensor)] = fake
                         tensors[name] = made[id(tensor)]  # type: ignore[assignment]
         return model
+
+
+def runs_teacher(recipe: Recipe, stage: Stage) -> bool:
+    """Whether the teacher itself runs in a stage (and not what was recorded of it)."""
+    return stage.losses.needs_teacher and recipe.models.cache is None
+
+
+def loads_teacher(recipe: Recipe) -> bool:
+    """Whether the teacher's weights are read at all."""
+    return bool(recipe.models.taf) or any(runs_teacher(recipe, stage) for stage in recipe.stages)
 
 
 def _with_taf(configs: dict[str, Any], adapter: str) -> Any:

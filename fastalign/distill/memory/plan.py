@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ...backends.tiled import WORKSPACE_BYTES
-from ...models.matching import match_layers
+from ...models.matching import Matching, match_layers
 from ...models.view import ModelView
 from ..loading import part_of
 from ..recipe import Recipe
 from ..stages import Stage
-from .models import FakeModels
+from .models import FakeModels, runs_teacher
 from .simulate import Pass, run_decoder, run_head, without_warnings
 
 PHASES = ("teacher", "student", "losses", "backward", "optimizer")
@@ -105,13 +105,12 @@ class _Planner:
         self.recipe, self.stage, self.models, self.shape = recipe, stage, models, shape
         self.on_cpu = on_cpu
         self.student = models.student(stage)
-        self.with_teacher = stage.losses.needs_teacher
+        self.with_teacher = runs_teacher(recipe, stage)
         self.autocast = stage.precision == "bf16"
         self.accumulates = stage.global_batch > stage.micro_batch
-        self.views = {
-            "student": ModelView("student", self.student),
-            "teacher": ModelView("teacher", models.teacher),
-        }
+        self.views = {"student": ModelView("student", self.student)}
+        if models.teacher is not None:
+            self.views["teacher"] = ModelView("teacher", models.teacher)
         self.dtypes = {
             "student": getattr(torch, recipe.models.student_dtype),
             "teacher": getattr(torch, recipe.models.teacher_dtype),
@@ -259,11 +258,7 @@ class _Planner:
     def _alignment(self) -> list[Line]:
         views = self.views
         found: list[Line] = []
-        matching = match_layers(
-            self.stage.losses.alignment_layers,
-            list(views["student"].attentions),
-            list(views["teacher"].attentions),
-        )
+        matching = self._matching()
         rows, what = self._rows()
         batch, tokens = self.shape.batch, self.shape.tokens
         if self.with_teacher:
@@ -293,7 +288,18 @@ class _Planner:
             )
         )
         # One sample at a time: scores of both sides in float32, and about as much again.
-        others = _heads(views["teacher"].text_config)[0] * max(map(len, matching.values()))
+        others = 0
+        if self.with_teacher:
+            others = _heads(views["teacher"].text_config)[0] * max(map(len, matching.values()))
+        elif self.stage.losses.spec().compare != "pooled":
+            found.append(
+                Line(
+                    "a recorded map",
+                    batch * rows * self.shape.visual * 4,
+                    ("student",),
+                    f"of one layer, {batch} x {rows:,} {what} x {self.shape.visual:,} image tokens x 4 B",
+                )
+            )
         both = 2 * (heads + others) * rows * tokens * 4
         found.append(
             Line(
@@ -306,6 +312,14 @@ class _Planner:
             )
         )
         return found
+
+    def _matching(self) -> Matching:
+        """Of a teacher that is not there, every layer of the student may have been recorded."""
+        students = list(self.views["student"].attentions)
+        if "teacher" not in self.views:
+            return dict.fromkeys(students, ())
+        teachers = list(self.views["teacher"].attentions)
+        return match_layers(self.stage.losses.alignment_layers, students, teachers)
 
     def _rows(self) -> tuple[int, str]:
         """The most query rows of a sample."""
@@ -336,7 +350,7 @@ class _Planner:
             return []
         with_kd = self.with_teacher and bool(losses.kd or losses.visual_kd)
         head = self.views["student"].model.get_output_embeddings().weight
-        head_t = self.models.teacher.get_output_embeddings().weight
+        head_t = self.models.teacher.get_output_embeddings().weight if with_kd else head
         with self.models.running():
             peak = run_head(
                 tokens=places,
