@@ -126,8 +126,8 @@ def load_library() -> ctypes.CDLL:
     wanted, chosen = os.environ.get("FASTALIGN_ISA"), library.fa_isa().decode()
     if wanted and wanted != chosen:
         raise RuntimeError(
-            f"FASTALIGN_ISA is {wanted!r}, which {path} does not hold or this machine lacks; allowed: one of "
-            f"generic, avx2, avx512, avx512_bf16 in a portable build, or unset ({chosen} here)"
+            f"FASTALIGN_ISA is {wanted!r}, which {path} does not hold or this machine lacks; allowed: one "
+            f"of generic, avx2, avx512, avx512_bf16 in a portable build, or unset ({chosen} here)"
         )
     return library
 

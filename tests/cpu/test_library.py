@@ -47,7 +47,7 @@ def test_a_library_that_does_not_load(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(cpu._build, "find", lambda: broken)
     cpu.load_library.cache_clear()
     try:
-        with pytest.raises(RuntimeError, match="cannot be loaded.*reinstall"):
+        with pytest.raises(RuntimeError, match=r"cannot be loaded.*reinstall"):
             cpu.load_library()
     finally:
         cpu.load_library.cache_clear()
