@@ -49,9 +49,9 @@ _SM_80: _Table = {
 # mma.sync as on sm_80, but 99 KB of shared memory a program.
 _SM_8X: _Table = {
     "row_lse": Tile(128, 64, 4, 2, "as sm_80"),
-    "dk": Tile(32, 32, 4, 2, "wider tiles spill here or there"),
+    "dk": Tile(32, 64, 8, 2, "64x64, and fewer warps or one stage, spill here or there"),
 }
-_SM_120: _Table = {**_SM_8X, "dk_logs": Tile(16, 64, 4, 1, "32x32 spills")}
+_SM_120: _Table = {**_SM_8X, "pooled_sums": Tile(64, 64, 8, 1, "with two stages it spills")}
 _SM_90: _Table = {
     "row_lse": Tile(128, 64, 4, 2, "static 0.079, floor 0.0625; 8 warps 0.087"),
     "row_delta": Tile(128, 64, 8, 2, "static 0.093, floor 0.0625; 64x64 with 4 warps 0.104"),

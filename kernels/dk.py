@@ -221,7 +221,7 @@ def _over(call: Call, side: Side, keys: KeyList, arguments: dict[str, Any]) -> N
     """dk of one list of keys."""
     tile = call.tile("dk", side.size)
     # turned, key bounds, row vectors and the workspace's tile fill the registers: no second pipeline
-    stages = 1 if tile.turned and arguments["INSIDE"] else tile.stages
+    stages = 1 if tile.turned else tile.stages
     launch(
         _dk,
         lambda _, size: (blocks_of(keys.count, size), side.heads // side.repeat, call.batch),
