@@ -410,6 +410,20 @@ def test_twenty_bad_samples_are_shown_and_all_counted(world: Path) -> None:
     assert result.exit_code == 0 and "only 6 of 29 samples were looked at" in result.output
 
 
+def test_streams(world: Path) -> None:
+    records = json.loads((world / "data.json").read_text())
+    lines = [json.dumps(record) for record in records] + ["{"]
+    (world / "data.jsonl").write_text("\n".join(lines))
+    stream = {"path": "data.jsonl", "template": "bare", "streaming": True, "group_batches": False}
+    path = rewrite(world, data=stream, stages=[{**SFT[0], "steps": 2}])
+    (problem,) = check(path).part("data").problems
+    assert "sample 6" in problem and "no json" in problem
+    outcome = check(path, samples=6, dry_step=True)
+    assert outcome.ok, problems(outcome)
+    assert outcome.part("data").facts["sources"][0]["looked_at"] == 6
+    assert "only its first 6 samples" in outcome.part("data").notes[0]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

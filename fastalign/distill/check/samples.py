@@ -15,7 +15,7 @@ from ...models.tokens import read_tokens
 from ..data import ConversationDataset, SampleError, TemplateError
 from ..data.content import content_digest
 from ..data.records import SourceError
-from ..loading import load_data
+from ..loading import load_data, load_stream
 from ..losses import IGNORE_INDEX
 from ..memory.models import FakeModels, runs_teacher
 from ..recipe import Recipe
@@ -119,7 +119,7 @@ def check_samples(
         else:
             same = Source(data.path, data, [stage.name])
             found.append(same)
-            _read(recipe, stage, processor, same)
+            _read(recipe, stage, processor, same, samples)
         if cache is not None:
             same.recorded[stage.name] = cache.numbers
     for source in found:
@@ -135,7 +135,11 @@ def check_samples(
             )
         _compare_losses(recipe, source, entry, part)
         part.problems += [f"{where}: {reason}" for where, reason in source.bad]
-        if source.looked_at < source.length and not source.wrong:
+        if samples is not None and source.data.streaming and not source.wrong:
+            part.notes.append(
+                f"{entry}: only its first {source.looked_at:,} samples were looked at"
+            )
+        elif source.looked_at < source.length and not source.wrong:
             part.notes.append(
                 f"{entry}: only {source.looked_at:,} of {source.length:,} samples were looked at"
             )
@@ -159,10 +163,16 @@ def check_samples(
     return part, found
 
 
-def _read(recipe: Recipe, stage: Stage, processor: Any, source: Source) -> None:
-    """The source itself, through the function that training opens it with."""
+def _read(
+    recipe: Recipe, stage: Stage, processor: Any, source: Source, samples: int | None
+) -> None:
+    """The source itself, through the functions that training opens it with."""
     try:
-        dataset = load_data(recipe, stage, processor)
+        if source.data.streaming and samples is not None:  # the file may be larger than memory
+            stream = load_stream(recipe, stage, processor)
+            dataset = stream.beginning(min(samples, stream.limit or samples))
+        else:
+            dataset = load_data(recipe, stage, processor)
         source.name, source.length = dataset.source, len(dataset)
     except (SourceError, TemplateError, OSError, ValueError) as error:
         source.wrong = str(error)
