@@ -42,6 +42,14 @@ def run(inputs: Inputs, spec: AlignSpec | str, **more: Any) -> list[Tensor]:
     return [x.cpu() for x in result]
 
 
+def inside(x: Tensor, pad: int = 5) -> Tensor:
+    """The same values as a view into a larger buffer that is NaN everywhere else."""
+    big = torch.full([n + 2 * pad for n in x.shape], torch.nan, dtype=x.dtype, device=x.device)
+    view = big[tuple(slice(pad, pad + n) for n in x.shape)]
+    view.copy_(x)
+    return view
+
+
 def check(
     inputs: Inputs, spec: AlignSpec | str, *, largest: float = 1.0, **more: Any
 ) -> list[Tensor]:
