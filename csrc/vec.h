@@ -177,7 +177,7 @@ template <typename T> inline Vec<T> exp(Vec<T> x) {
 
 // The exponentials of a softmax, e^(x - m), from x and base(m): one multiply-add leads to an exponent of 2, which
 // leaves a rounding of |x - m| / 2^24 more than exp has, about what x had when it was a sum of products. Float:
-// 2^r for |r| <= 1/2 within 9.2e-8. What is below 2^-149 is 0.
+// 2^r for |r| <= 1/2 within 9.2e-8. exp_from(-inf, .) = 0.
 template <typename T> inline Vec<T> base(Vec<T> m) {
   return std::is_same_v<T, float> ? m * T(1.44269504088896340736) : m;
 }
@@ -193,14 +193,16 @@ template <typename T> inline Vec<T> exp_from(Vec<T> x, Vec<T> base) {
     const Vec<T> shifted = t + F::round, n = shifted - F::round;
 #endif
     const Vec<T> r = t - n;
-    Vec<T> y = all<T>(1.3264713611e-3f);
-    for (const float term : {9.6715233123e-3f, 5.5507338722e-2f, 2.4022241922e-1f, 6.9314697748e-1f, 1.0f})
-      y = y * r + term;
+    constexpr float terms[] = {1.0f, 6.9314697748e-1f, 2.4022241922e-1f, 5.5507338722e-2f, 9.6715233123e-3f,
+                               1.3264713611e-3f};
+    Vec<T> y = all<T>(terms[5]);
+#pragma GCC unroll 8
+    for (int k = 4; k >= 0; --k) y = y * r + terms[k];
 #ifdef __AVX512F__
     return (Vec<T>)_mm512_scalef_ps((__m512)y, (__m512)n);
 #else
     const Vec<T> scaled = (Vec<T>)((Ints<T>)y + ((Ints<T>)shifted << F::mantissa));
-    return t < -126.0f ? Vec<T>{} : min<T>(t, all<T>(127.0f)) < t ? all<T>(kInfinity<T>) : scaled;
+    return t < -126.0f ? Vec<T>{} : t > 127.0f ? all<T>(kInfinity<T>) : scaled;
 #endif
   }
 }

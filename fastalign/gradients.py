@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from .maths import cosine, unit_count, usable_norms
+from .maths import unit_count, usable_norms
 from .spec import AlignSpec
 
 
@@ -52,8 +52,9 @@ def row_coefficients(
         return weight.expand_as(statistics[0]).unsqueeze(0)
     usable, ss, tt = usable_norms(*unit[1:])
     by_st = torch.where(usable, -1 / (ss.sqrt() * tt.sqrt()), 0.0)
-    by_ss = cosine(unit) / (2 * ss)
-    return torch.stack([by_st * weight, by_ss * weight, torch.zeros_like(by_ss * weight)])
+    by_ss = by_st * unit[0] / (-2 * ss)  # c = -st by_st
+    by_st = by_st * weight
+    return torch.stack([by_st, by_ss * weight, torch.zeros_like(by_st)])
 
 
 def entry_gradient(

@@ -262,12 +262,12 @@ def align(problem: Problem, wanted: int) -> tuple[Forward, Gradients]:
                 session.gradients(chunk, thresholds, _Coefficients(rows=_pointer(by)))
         if spec.compare == "pooled":
             _finish_pooling(problem, out)
-        one = weight.new_ones(())
         if follow:
             scale = 1 / unit_count(spec, weight, out.entries, problem.groups)
             for x in work.gradients:
                 x.mul_(scale)
         elif wanted:
+            one = weight.new_ones(())
             by = row_coefficients(spec, out.statistics, weight, out.entries, one).contiguous()
             coefficients = _Coefficients(rows=_pointer(by))
             if spec.compare == "pooled":
