@@ -19,7 +19,7 @@ BLANK = Image.new("RGB", (24, 24))
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, Any]:
-    """Head counts and depths differ; the mapping of a title like "before" comes first on purpose."""
+    """Head counts and depths differ. The student stands first: the teacher is shown first all the same."""
     return {
         "student": tiny.llava(layers=2, heads=2, kv_heads=1, head_dim=16, seed=2).eval(),
         "teacher": tiny.llava(layers=3, seed=1).eval(),
