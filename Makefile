@@ -5,12 +5,13 @@ BIN    := $(VENV)/bin
 # two workers, one thread each: the tests are many small ones
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help demo demo-recipe test test-slow lint clean bench sanitize
+.PHONY: help demo demo-recipe test test-slow gates lint clean bench sanitize
 help:
 	@echo "make demo       distil a small student on images and show the result (minutes, CPU)"
 	@echo "make demo-recipe  the same world through fastalign distill: three stages from a YAML recipe"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the tests that take longer"
+	@echo "make gates      what the compiled Triton kernels must hold, on every target (long, no GPU)"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      speed and memory beside eager and torch.compile"
 	@echo "make sanitize   the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer"
@@ -36,6 +37,9 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(PYTEST) -m "slow and not gpu" tests
+
+gates: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.static_report --dtypes bf16 fp16 fp32 --variants
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

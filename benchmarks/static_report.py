@@ -58,6 +58,24 @@ def rows_of(path: str) -> list[Row]:
     return [Row(**{**row, "problems": tuple(row["problems"])}) for row in rows]
 
 
+def write(path: str, rows: list[Row]) -> None:
+    """Rows, sums and versions as JSON, a line each."""
+    report = {
+        "versions": {"triton": triton.__version__, "torch": torch.__version__},
+        "sums": [asdict(total) for total in sums(rows)],
+        "rows": [row.to_dict() for row in rows],
+    }
+    parts = []
+    for name, value in report.items():
+        if isinstance(value, list):
+            lines = ",\n".join(json.dumps(item) for item in value)
+            parts.append(f'"{name}": [\n{lines}\n]')
+        else:
+            parts.append(f'"{name}": {json.dumps(value)}')
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("{\n" + ",\n".join(parts) + "\n}\n")
+
+
 def line(row: Row) -> str:
     """One row for people."""
     bound = ""
@@ -118,14 +136,10 @@ def main(arguments: list[str] | None = None) -> int:
             for row in done.result():
                 rows.append(row)
                 print(line(row), flush=True)
+            if options.json:  # after every cell: a run that is cut off leaves what it has
+                write(options.json, rows)
     if options.json:
-        report = {
-            "versions": {"triton": triton.__version__, "torch": torch.__version__},
-            "sums": [asdict(total) for total in sums(rows)],
-            "rows": [row.to_dict() for row in rows],
-        }
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+        write(options.json, rows)
     for total in sums(rows):
         print(
             f"{total.target:7s} {total.name:34s} {total.clocks} clocks, floor {total.floor}, "

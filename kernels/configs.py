@@ -95,6 +95,14 @@ _TABLES: dict[str, _Table] = {
     "gfx942": _CDNA,
     "gfx950": _CDNA,
 }
+# Head sizes up to 64, where they want other tiles than the tables say.
+_NARROW_TABLES: dict[str, _Table] = {
+    "sm_80": {"dk_logs": Tile(32, 64, 8, 2, "64x64 and fewer warps spill")},
+    "sm_100": {
+        "dq": Tile(128, 32, 4, 2, "128x64 spills"),
+        "dk_logs": Tile(32, 128, 4, 2, "8 warps spill", turned=True),
+    },
+}
 _OTHER = Tile(64, 64, 8, 2, "the default: compiles without spills wherever a table has no row")
 
 # Head sizes above 128 (padded to 256) in half precision: operands twice as large. 64 rows, because
@@ -133,4 +141,6 @@ def tile_for(kernel: str, variant: str, architecture: str, size: int, itemsize: 
     if size > 128:
         asynchronous = architecture in ("sm_90", "sm_100")
         table, other = _WIDE_TABLES.get(architecture, {}), _WIDE_HALF if asynchronous else _WIDE
+    elif size <= 64:
+        table = {**table, **_NARROW_TABLES.get(architecture, {})}
     return table.get(f"{kernel}_{variant}") or table.get(kernel, other)

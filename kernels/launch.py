@@ -123,7 +123,7 @@ class Call:
             "BLOCKS": self.blocks,
             "WIDE": self.wide,
             "UPCAST": upcast(self.dtype),
-            "PRECISION": precision(),
+            "PRECISION": precision(self.dtype, architecture(self.device)),
         }
 
     def tile(self, kernel: str, size: int) -> Tile:
@@ -148,9 +148,11 @@ def upcast(dtype: torch.dtype) -> bool:
     return interpreting() and dtype == torch.bfloat16
 
 
-def precision() -> str:
-    """How fp32 products are taken: as torch takes its own matrix products."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def precision(dtype: torch.dtype, architecture: str) -> str:
+    """How fp32 products are taken: as torch takes its own, in tf32 only where there is any."""
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "ieee" if architecture.startswith("gfx") and architecture != "gfx942" else "tf32"
 
 
 def padded_size(size: int) -> int:

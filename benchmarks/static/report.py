@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from fastalign.kernels.configs import Tile
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import PTXASError
 
 from fastalign.spec import AlignSpec
 
@@ -93,23 +95,23 @@ class Row:
     head_dim: int
     config: str
     objective: str
-    registers: int
-    stack_bytes: int
-    spills: int
-    smem_bytes: int
-    smem_limit: int
-    tensor_core_ops: int
-    ex2: int
-    atomics: int
-    clocks_per_element: float | None
-    inner: float | None
-    floor: float | None
-    ratio: float | None
-    limiter: str | None
-    smem_clocks: float | None
-    bytes_per_element: float | None
-    pairs: int | None
-    problems: tuple[str, ...]
+    registers: int = 0
+    stack_bytes: int = 0
+    spills: int = 0
+    smem_bytes: int = 0
+    smem_limit: int = 0
+    tensor_core_ops: int = 0
+    ex2: int = 0
+    atomics: int = 0
+    clocks_per_element: float | None = None
+    inner: float | None = None
+    floor: float | None = None
+    ratio: float | None = None
+    limiter: str | None = None
+    smem_clocks: float | None = None
+    bytes_per_element: float | None = None
+    pairs: int | None = None
+    problems: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe."""
@@ -147,12 +149,26 @@ def flash_launch(head_dim: int, dtype: torch.dtype, tile: Tile) -> Launch:
 
 def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype: str) -> Row:
     """Compile a launch and say what came out."""
-    compiled = compile_launch(launch, target)
-    bound = _bound(launch, compiled)
     tile = launch.tile
+    config = f"{tile.rows}x{tile.keys}, {tile.warps} warps, {tile.stages} stages"
     name = launch.name
     if "INSIDE" in launch.arguments:
         name += "" if launch.arguments["INSIDE"] else " (other keys)"
+    try:
+        compiled = compile_launch(launch, target)
+    except (CompilationError, PTXASError, RuntimeError) as error:
+        reason = f"does not compile: {str(error).strip().splitlines()[-1]}"
+        return Row(
+            kernel=name,
+            target=target.name,
+            dtype=dtype,
+            head_dim=head_dim,
+            config=config,
+            objective=objective,
+            smem_limit=target.smem_limit,
+            problems=(reason,),
+        )
+    bound = _bound(launch, compiled)
     products = len(re.findall(rf"\b(?:{target.tensor_core})\S*", compiled.code))
     ex2 = r"MUFU\.EX2" if target.backend == "cuda" else r"v_exp_f32"
     row = Row(
@@ -160,7 +176,7 @@ def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype:
         target=target.name,
         dtype=dtype,
         head_dim=head_dim,
-        config=f"{tile.rows}x{tile.keys}, {tile.warps} warps, {tile.stages} stages",
+        config=config,
         objective=objective,
         registers=compiled.registers,
         stack_bytes=compiled.stack_bytes,
@@ -178,7 +194,6 @@ def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype:
         smem_clocks=None if bound is None else round(bound.shared_clocks, 5),
         bytes_per_element=_bytes(launch),
         pairs=pairs_of(launch) if launch.name == "dk" else None,
-        problems=(),
     )
     return Row(**{**row.to_dict(), "problems": tuple(_problems(row, compiled))})
 

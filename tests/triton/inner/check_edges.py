@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastalign import AlignSpec
 from fastalign.backends import triton as backend
 
 from ...problems import Inputs, random_inputs
-from .common import check, run
+from .common import DEVICE, check, inside, run
 
 MEAN = AlignSpec(compare="row")
 LOGS = AlignSpec(compare="row", divergence="kl", normalize="visual")
@@ -58,21 +57,13 @@ def test_no_row_and_no_column_at_all() -> None:
     assert run(empty, MEAN)[0] == 0
 
 
-def _inside(x: Tensor, pad: int = 5) -> Tensor:
-    """The same values as a view into a larger buffer that is NaN everywhere else."""
-    big = torch.full([n + 2 * pad for n in x.shape], torch.nan, dtype=x.dtype)
-    view = big[tuple(slice(pad, pad + n) for n in x.shape)]
-    view.copy_(x)
-    return view
-
-
 @pytest.mark.parametrize("spec", [MEAN, LOGS, EACH], ids=["mean", "logs", "each"])
 def test_nothing_beyond_the_tensors_is_used(spec: AlignSpec) -> None:
     """q and k are surrounded by NaN in memory, on every side of every dimension: equal bits."""
     inputs = _inputs(spec, 19)
     plain = run(inputs, spec)
     padded = Inputs(
-        *(_inside(x) for x in (inputs.q_s, inputs.k_s, inputs.q_t, inputs.k_t)),  # type: ignore[arg-type]
+        *(inside(x) for x in (inputs.q_s, inputs.k_s, inputs.q_t, inputs.k_t)),  # type: ignore[arg-type]
         inputs.keywords,
     )
     # Inputs.run clones its leaves densely; hand the views over as they are
@@ -91,6 +82,15 @@ def test_nothing_beyond_the_tensors_is_used(spec: AlignSpec) -> None:
 def test_identical_bits_on_a_second_run(spec: AlignSpec) -> None:
     inputs = _inputs(spec, extras=True)
     for first, second in zip(run(inputs, spec), run(inputs, spec), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="no interpreter: tiles are chosen by timing there")
+def test_autotuning_changes_nothing_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = _inputs(MEAN)
+    plain = run(inputs, MEAN)
+    monkeypatch.setenv("FASTALIGN_AUTOTUNE", "1")
+    for first, second in zip(plain, run(inputs, MEAN), strict=True):
         assert torch.equal(first, second)
 
 

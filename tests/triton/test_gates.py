@@ -1,0 +1,83 @@
+"""The gates on compiled code, a part of `make gates`: head size 128 in bf16, without a GPU.
+
+Compiles the head-mean kernels with the tables' configurations, and with them checks the limits of
+docs/triton.md; ``benchmarks.static_report`` says what a gate is. And the bound itself, on a program whose
+loops, peeled passes and pipes can be counted by hand.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+from benchmarks.static.bound import Job, bound_of
+from benchmarks.static.compiling import Compiled
+from benchmarks.static.report import TARGETS, Row, failures, launches, row_of, sums
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
+def rows(request: pytest.FixtureRequest) -> list[Row]:
+    """The head-mean kernels, compiled for one architecture of each matrix instruction."""
+    target = request.param
+    return [
+        row_of(objective, launch, TARGETS[target], 128, "bf16")
+        for objective, launch in launches(target, 128, "bf16", variants=False)
+        if objective == "head mean"
+    ]
+
+
+def test_head_mean_kernels(rows: list[Row]) -> None:
+    """Launch limits, stack, spills, matrix instruction, atomics; bounds near their floors."""
+    assert failures(rows) == []
+    ratios = {total.name: total.ratio for total in sums(rows)}
+    assert len(ratios) == 4
+    assert all(ratios.values())
+    assert ratios["forward, log-sum-exps given"] <= 1.25  # type: ignore[operator]
+    assert ratios["dq + dk"] <= 1.6  # type: ignore[operator]
+
+
+def test_a_missed_gate_is_told(rows: list[Row]) -> None:
+    """Rows that are slow, that have no bound, or whose kernel was refused fail."""
+    slow = [replace(r, clocks_per_element=1.7 * r.floor) if r.floor else r for r in rows]
+    assert any("dq + dk" in message for message in failures(slow))
+    lost = [replace(r, clocks_per_element=None) if r.kernel == "statistics" else r for r in rows]
+    assert any("forward" in message for message in failures(lost))
+    spilled = [replace(rows[0], problems=("8 bytes of stack, 2 spills",)), *rows[1:]]
+    assert any("8 bytes of stack" in message for message in failures(spilled))
+
+
+def _program(*lines: str) -> str:
+    return "\n".join(x if x.startswith(".L") else f"  /*0000*/  {x} ;" for x in lines)
+
+
+def test_the_bound_of_a_program_that_can_be_counted_by_hand() -> None:
+    """One warp; a loop of two products and two exponentials a pass; one whole pass peeled off."""
+    product, power = "HMMA.16816.F32.BF16 R4, R8, R12, R4", "MUFU.EX2 R4, R4"
+    code = _program(
+        *(product, power, product, power),  # the pass that pipelining peeled off
+        ".L_x_1:",
+        *(product, power, product, power),
+        *["FFMA R1, R2, R3, R4"] * 8,
+        "@P0 BRA `(.L_x_1)",
+        "EXIT",
+    )
+    compiled = Compiled(TARGETS["sm_80"], code, 32, 0, 0, 0, 1, 0)
+    flops = 2 * 2.0 * 16 * 8 * 16
+    bound = bound_of(compiled, Job((10.0,), flops, 64.0, 10 * 64.0, flops / 64, 1.0))
+    # a pass: 2 x 4096 FLOP at 2048 a clock, 2 x 32 exponentials at 16, 13 instructions at 4 a clock
+    assert bound.inner == pytest.approx(4.0 / 64)
+    # nine turns of 4 clocks; outside 4 clocks, too
+    assert bound.clocks == pytest.approx((9 * 4.0 + 4.0) / (10 * 64))
+    assert bound.floor == pytest.approx(1 / 16)
+    assert bound.limiter in ("tensor", "special")
+
+
+def test_what_cannot_be_read_is_refused() -> None:
+    compiled = Compiled(TARGETS["sm_80"], _program("EXIT"), 32, 0, 0, 0, 1, 0)
+    with pytest.raises(ValueError, match="0 loops with matrix products, 1 expected"):
+        bound_of(compiled, Job((1.0,), 1.0, 1.0, 1.0, 1.0, 1.0))
