@@ -34,11 +34,20 @@ def empty_parts(parts: int, space: Workspace, out: Tensor) -> Tensor:
 
 
 def add_up(partial: Tensor, call: Call, space: Workspace, out: Tensor) -> None:
-    """Put the sums over the parts into ``out``, which is zero at the workspace's rows.
+    """Add the sums over the parts to the workspace's rows of ``out``.
 
-    Places that hold no row carry 0 and point to row 0, so that the order of this scatter is of no effect.
+    Every row of q looks for its place in the list: a gather, in which no two values meet, so that it is
+    deterministic on every device.
     """
-    index = call.lists.rows[:, 0, space.start : space.end].long()  # [B, N]
-    index = index.view(index.shape[0], 1, -1, *(1,) * (out.dim() - 3))
-    total = partial.sum(0).to(out.dtype)
-    out.scatter_add_(2, index.expand(total.shape), total)
+    entries = call.lists.rows[
+        :, :2, space.start : space.end
+    ].long()  # [B, 2, N]: row of q, position
+    batch, count, rows = out.shape[0], entries.shape[2], out.shape[2]
+    listed, order = torch.where(entries[:, 1] >= 0, entries[:, 0], rows).sort(dim=-1)
+    wanted = torch.arange(rows, device=out.device).expand(batch, rows).contiguous()
+    at = torch.searchsorted(listed, wanted).clamp(max=count - 1)
+    shape = (batch, 1, rows, *(1,) * (out.dim() - 3))
+    found = (listed.gather(1, at) == wanted).view(shape)
+    place = order.gather(1, at).view(shape)
+    total = partial.sum(0).gather(2, place.expand(out.shape))
+    out.add_(torch.where(found, total, 0.0).to(out.dtype))

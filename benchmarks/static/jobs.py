@@ -56,6 +56,7 @@ def job_of(launch: Launch) -> Job:
         if a.get("OTHERS", False):
             slots = (6, 8)
         passes = sum((_passes(a["p_rows"], s, rows, keys, a["INTERVAL"]) for s in slots), ())
+        passes = tuple(count / a.get("parts", 1) for count in passes)
     return Job(passes, flops * products, exps * tile, sum(passes) * tile, *floors, turns=turns)
 
 
