@@ -70,7 +70,10 @@ template <typename T> class Engine final : public Session {
       if (s.row.empty() || s.key_of_column.empty()) continue;
       // fewer rows a block where a tile would be far larger than any cache, and the workspace with it
       constexpr int64_t largest = 6 << 20;
-      const int64_t vector = s.all[0].end * W * int64_t(sizeof(T));
+      int64_t vector = 0;  // bytes
+      with_product(call_.student, [&](auto op) {
+        vector = s.all[0].end * W * int64_t(sizeof(typename decltype(op)::Stored));
+      });
       const int64_t vectors = std::clamp<int64_t>(largest / std::max<int64_t>(1, vector), 1, 3);
       cut_blocks(s, static_cast<int64_t>(samples_.size()), W, vectors, blocks_);
       samples_.push_back(std::move(s));
