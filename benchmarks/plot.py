@@ -74,7 +74,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[1].legend(frameon=False, fontsize=8, loc="lower right")
     shape = SHAPES[SWEEP[0]]
     figure.suptitle(
         f"{len(shape.positions())} text rows, heads {shape.heads[0]}/{shape.heads[1]}, key heads "

@@ -185,12 +185,12 @@ template <typename T> inline Vec<T> exp_from(Vec<T> x, Vec<T> base) {
   if constexpr (!std::is_same_v<T, float>) {
     return exp<T>(x - base);
   } else {
-    using F = Format<float>;
+    [[maybe_unused]] constexpr Format<float> format{};
     const Vec<T> t = max<T>(all<T>(-150.0f), x * 1.44269504f - base);
 #ifdef __AVX512F__
     const Vec<T> n = (Vec<T>)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT);
 #else
-    const Vec<T> shifted = t + F::round, n = shifted - F::round;
+    const Vec<T> shifted = t + format.round, n = shifted - format.round;
 #endif
     const Vec<T> r = t - n;
     constexpr float terms[] = {1.0f, 6.9314697748e-1f, 2.4022241922e-1f, 5.5507338722e-2f, 9.6715233123e-3f,
@@ -201,7 +201,7 @@ template <typename T> inline Vec<T> exp_from(Vec<T> x, Vec<T> base) {
 #ifdef __AVX512F__
     return (Vec<T>)_mm512_scalef_ps((__m512)y, (__m512)n);
 #else
-    const Vec<T> scaled = (Vec<T>)((Ints<T>)y + ((Ints<T>)shifted << F::mantissa));
+    const Vec<T> scaled = (Vec<T>)((Ints<T>)y + ((Ints<T>)shifted << format.mantissa));
     return t < -126.0f ? Vec<T>{} : t > 127.0f ? all<T>(kInfinity<T>) : scaled;
 #endif
   }
