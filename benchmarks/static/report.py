@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -154,23 +154,6 @@ def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype:
     name = launch.name
     if "INSIDE" in launch.arguments:
         name += "" if launch.arguments["INSIDE"] else " (other keys)"
-    try:
-        compiled = compile_launch(launch, target)
-    except (CompilationError, PTXASError, RuntimeError) as error:
-        reason = f"does not compile: {str(error).strip().splitlines()[-1]}"
-        return Row(
-            kernel=name,
-            target=target.name,
-            dtype=dtype,
-            head_dim=head_dim,
-            config=config,
-            objective=objective,
-            smem_limit=target.smem_limit,
-            problems=(reason,),
-        )
-    bound = _bound(launch, compiled)
-    products = len(re.findall(rf"\b(?:{target.tensor_core})\S*", compiled.code))
-    ex2 = r"MUFU\.EX2" if target.backend == "cuda" else r"v_exp_f32"
     row = Row(
         kernel=name,
         target=target.name,
@@ -178,11 +161,22 @@ def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype:
         head_dim=head_dim,
         config=config,
         objective=objective,
+        smem_limit=target.smem_limit,
+    )
+    try:
+        compiled = compile_launch(launch, target)
+    except (CompilationError, PTXASError, RuntimeError) as error:
+        reason = f"does not compile: {str(error).strip().splitlines()[-1]}"
+        return replace(row, problems=(reason,))
+    bound = _bound(launch, compiled)
+    products = len(re.findall(rf"\b(?:{target.tensor_core})\S*", compiled.code))
+    ex2 = r"MUFU\.EX2" if target.backend == "cuda" else r"v_exp_f32"
+    row = replace(
+        row,
         registers=compiled.registers,
         stack_bytes=compiled.stack_bytes,
         spills=compiled.spills,
         smem_bytes=compiled.smem_bytes,
-        smem_limit=target.smem_limit,
         tensor_core_ops=products,
         ex2=len(re.findall(ex2, compiled.code)),
         atomics=compiled.atomics,
@@ -195,7 +189,7 @@ def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype:
         bytes_per_element=_bytes(launch),
         pairs=pairs_of(launch) if launch.name == "dk" else None,
     )
-    return Row(**{**row.to_dict(), "problems": tuple(_problems(row, compiled))})
+    return replace(row, problems=tuple(_problems(row, compiled)))
 
 
 def _bound(launch: Launch, compiled: Compiled) -> Bound | None:

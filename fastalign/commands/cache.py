@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ._bars import progress_bars
+
 
 def cache(
     recipe: Annotated[Path, typer.Argument(help="A YAML file whose models have a cache.")],
@@ -55,21 +57,6 @@ def cache(
 @contextmanager
 def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error, told how many of how many samples are done."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with progress_bars() as bars:
         task = bars.add_task(name, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ._bars import progress_bars
+
 
 def check(
     recipe: Annotated[Path, typer.Argument(help="A YAML file; `fastalign init` writes one.")],
@@ -117,22 +119,7 @@ def _is_number(text: str) -> bool:
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int], Callable[[], None]]]:
     """A bar on standard error for each source."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with progress_bars() as bars:
 
         def begin(name: str, total: int) -> Callable[[], None]:
             task: Any = bars.add_task(Path(name).name, total=total)

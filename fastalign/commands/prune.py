@@ -164,25 +164,12 @@ def _progress(total: int) -> Any:
     """A context that gives a function to advance by a number of samples."""
     from contextlib import contextmanager
 
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from ._bars import progress_bars
 
     @contextmanager
     def shown() -> Any:
-        columns = (
-            TextColumn("calibration"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("samples", total=total)
+        with progress_bars(transient=False) as progress:
+            task = progress.add_task("calibration", total=total)
             yield lambda count: progress.advance(task, count)
 
     return shown()
