@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,20 +94,23 @@ def stage_folders(recipe: Recipe) -> list[str]:
 
 
 def leave_processes() -> None:
-    """Part from the other processes of a finished run, all at once.
+    """Last call of a finished run's process. Of several over gloo it ends each, with exit code 0.
 
-    A process must not end while a thread of gloo still lets go of the last collective's tensors: that
-    takes the interpreter's lock, and a thread that asks a dying interpreter for it aborts the process. So
-    the last word is one that gloo speaks in the calling thread, monitored_barrier; by then the threads are
-    done.
+    The interpreter's own end is not safe there: a thread of gloo may still have to let go of a collective's
+    tensors, which takes the interpreter's lock, while the destructor of DistributedDataParallel's reducer
+    waits for that thread with the lock held (torch 2.13); and a thread that asks a dying interpreter for
+    the lock aborts the process. So what Python runs at exit runs here, and no destructor after it.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    if torch.distributed.get_backend() == "gloo":
-        torch.distributed.monitored_barrier()
-    else:
-        torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    if "gloo" not in torch.distributed.get_backend():
+        torch.distributed.destroy_process_group()
+        return
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def is_main() -> bool:

@@ -113,3 +113,30 @@ def test_a_recipe_on_two_processes(tmp_path: Path, recorded_stream: bool) -> Non
         float((w - start[n]).square().sum()) for n, w in results["one"].items() if n in start
     )
     assert moved > 0 and (wrong / moved) ** 0.5 < 1e-4
+
+
+LEAVE = """
+import atexit, torch
+from fastalign.distill.run import leave_processes
+
+class Reducer:
+    def __del__(self):
+        print("destructor")
+
+kept = Reducer()
+atexit.register(print, "at exit")
+leave_processes()  # alone: nothing to leave
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+print("before")
+leave_processes()
+print("after")
+"""
+
+
+def test_a_process_over_gloo_ends_without_destructors() -> None:
+    """They may wait for a thread of gloo that waits for the interpreter's lock."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LEAVE], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("\n") == ["before", "at exit", ""]
