@@ -23,11 +23,32 @@ struct Chunk {
   Range blocks, groups;
 };
 
-// A part of a chunk whose attention fits: the unit of the gradient.
+// A part of a chunk whose attention fits: the unit of the gradient. Of the `repeat` heads that share a key head it
+// has those numbered by `share`, so that the threads find all key heads in every pass.
 struct Pass {
-  Range blocks, heads;
+  Range blocks, heads, share;
+  int64_t repeat;
+
+  Range key_heads() const { return {heads.begin / repeat, (heads.end - 1) / repeat + 1}; }
+  Range of(int64_t key_head) const {
+    return Range{key_head * repeat + share.begin, key_head * repeat + share.end}.clip(heads);
+  }
   bool holds(int64_t block, int64_t head) const {
-    return block >= blocks.begin && block < blocks.end && head >= heads.begin && head < heads.end;
+    const Range mine = of(head / repeat);
+    return block >= blocks.begin && block < blocks.end && head >= mine.begin && head < mine.end;
+  }
+  // Places for what is kept by head.
+  int64_t slots() const { return key_heads().size() * share.size(); }
+  int64_t slot(int64_t head) const {
+    return (head / repeat - key_heads().begin) * share.size() + head % repeat - share.begin;
+  }
+  // The heads as ranges.
+  std::vector<Range> runs() const {
+    if (share.size() == repeat) return {heads};
+    std::vector<Range> out;
+    for (int64_t kv = key_heads().begin; kv < key_heads().end; ++kv)
+      if (of(kv).size() > 0) out.push_back(of(kv));
+    return out;
   }
 };
 
@@ -52,6 +73,9 @@ template <typename T> class Engine final : public Session {
 
  private:
   static constexpr int W = kWidth<T>;
+
+  static constexpr int64_t kPair = 2;  // heads that one thread adds to the maps at once
+  static constexpr int64_t kMostHeads = 32;  // and all threads
 
   // What one thread works in.
   struct Scratch {
@@ -135,19 +159,30 @@ template <typename T> class Engine final : public Session {
     if (!call_.wanted) return out;
     const int64_t slab = slab_size();
     const Range heads = head_range(call_.student, true, chunk);
+    const int64_t repeat = call_.student.heads / call_.student.key_heads;
     for (int64_t from = chunk.blocks.begin; from < chunk.blocks.end;) {
       int64_t to = from + 1;
       while (to < chunk.blocks.end && (tile_at_[to + 1] - tile_at_[from]) * heads.size() <= slab) ++to;
-      const int64_t tile = tile_at_[to] - tile_at_[from];
-      // as many heads as fit, in equal shares
-      const int64_t fit = std::clamp<int64_t>(slab / std::max<int64_t>(1, tile), 1, heads.size());
-      const int64_t shares = (heads.size() + fit - 1) / fit;
-      const int64_t step = (heads.size() + shares - 1) / shares;
-      for (int64_t h = heads.begin; h < heads.end; h += step)
-        out.push_back({{from, to}, {h, std::min(heads.end, h + step)}});
+      Pass pass{{from, to}, heads, {0, repeat}, repeat};
+      // As many heads as fit, in equal shares: of every key head some, else of some key heads one.
+      const int64_t fit = std::max<int64_t>(1, slab / std::max<int64_t>(1, tile_at_[to] - tile_at_[from]));
+      const int64_t key_heads = pass.key_heads().size();
+      const int64_t step = heads.size() <= fit ? repeat : equal(repeat, std::max<int64_t>(1, fit / key_heads));
+      const int64_t owned = equal(key_heads, heads.size() <= fit ? key_heads : std::max<int64_t>(1, fit / step));
+      for (int64_t kv = heads.begin / repeat; kv * repeat < heads.end; kv += owned)
+        for (int64_t r = 0; r < repeat; r += step) {
+          pass.heads = Range{kv * repeat, (kv + owned) * repeat}.clip(heads);
+          pass.share = {r, std::min(repeat, r + step)};
+          out.push_back(pass);
+        }
       from = to;
     }
     return out;
+  }
+  // The size of the shares when `count` is cut into as few equal ones as have at most `most`.
+  static int64_t equal(int64_t count, int64_t most) {
+    const int64_t shares = (count + most - 1) / most;
+    return (count + shares - 1) / shares;
   }
 
   // The heads of a side that a chunk's groups need: group g is head g, but for a mean or a mixed student.
@@ -160,8 +195,8 @@ template <typename T> class Engine final : public Session {
 
   // Where things of the current chunk or pass lie.
   T* attention(const Pass& pass, int64_t block, int64_t head) {
-    return slab_.get() + (tile_at_[block] - tile_at_[pass.blocks.begin]) * pass.heads.size() +
-           (head - pass.heads.begin) * (tile_at_[block + 1] - tile_at_[block]);
+    return slab_.get() + (tile_at_[block] - tile_at_[pass.blocks.begin]) * pass.slots() +
+           pass.slot(head) * (tile_at_[block + 1] - tile_at_[block]);
   }
   // One head's attention for one block of rows: [keys, lanes], and a factor for each strip, [strips, lanes].
   template <typename Op> struct Tile {
@@ -182,8 +217,8 @@ template <typename T> class Engine final : public Session {
   template <typename Op>
   typename Op::Element* packed_queries(const Pass& pass, int64_t block, int64_t head) {
     const int64_t lanes = lane_at_[pass.blocks.end] - lane_at_[pass.blocks.begin];
-    T* rows = query_rows_.get() + ((head - pass.heads.begin) * lanes + lane_at_[block] -
-                                   lane_at_[pass.blocks.begin]) * packed_stride<T>(call_.student.size);
+    T* rows = query_rows_.get() + (pass.slot(head) * lanes + lane_at_[block] - lane_at_[pass.blocks.begin]) *
+                                      packed_stride<T>(call_.student.size);
     return reinterpret_cast<typename Op::Element*>(rows);
   }
   T* plane(int64_t side, int64_t block, int64_t group) {  // group counts from the chunk's first
@@ -223,6 +258,23 @@ template <typename T> class Engine final : public Session {
   // Whether a head's tile holds exp(S - m), to be multiplied by a factor a row, or S itself.
   bool keeps_exponentials(const FaSide& s) const {
     return !call_.in_logs && call_.normalize != kScores && s.softcap == 0;
+  }
+
+  // Whether a side's map is a mean of exponentials, which may be added several heads at a time.
+  bool adds_exponentials(bool student) const {
+    return style(student) == kMean && keeps_exponentials(side(student));
+  }
+  // Whether the threads share the heads of a block: its tiles are worth it, blocks are few.
+  bool by_heads(bool student) const {
+    constexpr int64_t worth = 1 << 18;  // bytes
+    return call_.threads > 1 && adds_exponentials(student) && chunk_.blocks.size() < 2 * call_.threads &&
+           widest_tile(chunk_.blocks) * int64_t(sizeof(T)) > worth;
+  }
+  int64_t widest_tile(Range blocks) const {
+    int64_t size = 0;
+    for (int64_t i = blocks.begin; i < blocks.end; ++i)
+      size = std::max({size, tile_size(call_.student, blocks_[i]), tile_size(call_.teacher, blocks_[i])});
+    return size;
   }
 
   // Values by row of the lanes of a block; `missing` in lanes without a row.
@@ -265,8 +317,12 @@ template <typename T> class Engine final : public Session {
   void enter(const Chunk& chunk);
   void find_masks();
   void sweep(Range sides);
-  template <typename Op, int NV> void head_maps(bool student, int64_t block, int64_t head,
+  template <typename Op> void sweep_heads(bool student);
+  template <typename Op> Tile<Op> tile_of(bool student, int64_t block, int64_t head, T* else_at);
+  template <typename Op, int NV> void head_maps(bool student, int64_t block, Range heads,
                                                 Scratch& scratch, int64_t place);
+  template <typename Op, int NV> void head_tile(bool student, int64_t block, int64_t head,
+                                                const Tile<Op>& tile, Vec<T>* lse, Scratch& scratch);
   template <typename Op, int NV> void score_strip(Rows<typename Op::Element> keys, bool student,
                                                   const Block& block, Range strip, T hidden,
                                                   Scratch& scratch, T* s, Vec<T>* top);
@@ -277,7 +333,9 @@ template <typename T> class Engine final : public Session {
       if (!exponentiate) return kept;
     return scratch.strip.get();
   }
-  template <typename F> void each_column_strip(const Block& block, const T* factors, F f) const;
+  template <typename F> void each_column_strip(const Block& block, Range columns, F f) const;
+  template <typename Op, int NV> void add_exponentials(bool student, int64_t block, Range heads,
+                                                       const Tile<Op>* tiles, Range columns);
   template <typename Op, int NV> void absorb(bool student, int64_t block, int64_t head,
                                              const Tile<Op>& tile, const Vec<T>* lse, T* sum);
   template <int NV> void finish_logs(bool student, int64_t block, const T* sum);
@@ -301,14 +359,19 @@ template <typename T> class Engine final : public Session {
   template <typename Op> void owned_gradients(const Pass& pass, bool resident);
   template <typename Op> void shared_gradients(const Pass& pass, bool resident);
   template <typename Op, typename Slopes, typename Then>
-  void head_gradients(const Pass& pass, bool resident, int64_t head, Range blocks, Range keys, Slopes slopes,
+  void head_gradients(const Pass& pass, bool resident, Range heads, Range blocks, Range keys, Slopes slopes,
                       Then then, Scratch& scratch);
   template <typename F> void each_sample(Range blocks, F f) const;
   void written(Range heads, Range blocks);
 
   // ------------------------------------------------------------------- head_gradient.h
 
-  static constexpr int64_t kTogether = 8;  // blocks whose dS and dq are near at once
+  static constexpr int64_t kTogether = 8;  // blocks whose dS are near at once
+  // Pairs of a head and a block whose dq are near at once: half a megabyte, at least kTogether.
+  int64_t places() const {
+    constexpr int64_t near = 1 << 19;
+    return std::max(kTogether, near / (3 * W * call_.student.size * int64_t(sizeof(T))));
+  }
   template <typename Op, int NV> void enter_head(const Pass& pass, bool resident, int64_t block,
                                                  int64_t head, Scratch& scratch, int64_t place);
   template <int NV> void log_sum_exps(int64_t block, int64_t head, Vec<T>* lse) const;
@@ -349,7 +412,7 @@ template <typename T> class Engine final : public Session {
   int64_t together_ = 1, widest_ = 0;  // blocks a thread takes at once; the largest map of a block
   std::vector<int64_t> map_at_;
   std::vector<uint64_t> masks_;
-  Buffer<T> maps_, mass_, slab_, slopes_, query_rows_, mix_parts_;
+  Buffer<T> maps_, mass_, slab_, tiles_, slopes_, query_rows_, mix_parts_;
   std::vector<Pass> passes_;
   const T* thresholds_ = nullptr;
 };

@@ -6,9 +6,9 @@
 //     dq = scale dS k;   dk = scale dS^T q
 //
 // for every visible key: those outside V get the second term alone. A thread takes a key head and a few
-// blocks, strip by strip of the keys: dS of all blocks, their dq, and from the same strips dk, while keys
-// and dS are near. Where threads outnumber key heads, dS of several heads and blocks comes first and dk
-// follows, with the same chain of additions for every element.
+// blocks, strip by strip of the keys: for each of its heads dS of all blocks, their dq, and from the same
+// strip dk, while keys, E and dS are near. Where threads outnumber key heads, dS of several heads and blocks
+// comes first and dk follows, with the same chain of additions for every element.
 #pragma once
 
 #include "head_gradient.h"
@@ -56,39 +56,46 @@ void Engine<T>::pass_gradients(const Pass& pass, bool resident) {
   const int64_t low = blocks_[pass.blocks.begin].sample, high = blocks_[pass.blocks.end - 1].sample;
   const int64_t key_heads = (pass.heads.end - 1) / repeat + 1 - pass.heads.begin / repeat;
   const int64_t owners = (high - low + 1) * key_heads;
-  query_rows_.reset((lane_at_[pass.blocks.end] - lane_at_[pass.blocks.begin]) * pass.heads.size() *
+  query_rows_.reset((lane_at_[pass.blocks.end] - lane_at_[pass.blocks.begin]) * pass.slots() *
                     packed_stride<T>(s.size));
   for (Scratch& scratch : scratch_) {
-    scratch.d_q.reset(kTogether * 3 * W * s.size);
+    scratch.d_q.reset(places() * 3 * W * s.size);
     scratch.d_k.reset(kStep * packed_stride<T>(s.size));
-    scratch.delta.reset(kTogether * 3 * W);
+    scratch.delta.reset(places() * 3 * W);
   }
   if (owners % call_.threads == 0 || owners >= 4 * call_.threads) owned_gradients<Op>(pass, resident);
   else shared_gradients<Op>(pass, resident);
 }
 
-// dS and dq of one head for some blocks of a sample, strip by strip of the keys from keys.begin on; then(strip)
-// follows each. slopes(head, block, key): where dS goes from that key on.
+// dS and dq of some heads of a key head for some blocks of a sample, strip by strip of the keys from keys.begin
+// on; then(head, strip) follows each. slopes(head, block, key): where dS goes from that key on.
 template <typename T>
 template <typename Op, typename Slopes, typename Then>
-void Engine<T>::head_gradients(const Pass& pass, bool resident, int64_t head, Range blocks, Range keys,
+void Engine<T>::head_gradients(const Pass& pass, bool resident, Range heads, Range blocks, Range keys,
                                Slopes slopes, Then then, Scratch& scratch) {
-  for (int64_t block = blocks.begin; block < blocks.end; ++block)
-    with_vectors(blocks_[block], [&](auto nv) {
-      enter_head<Op, decltype(nv)::value>(pass, resident, block, head, scratch, block - blocks.begin);
-    });
-  for (int64_t k = keys.begin / kStep * kStep; k < keys.end; k += kStep) {
+  auto each = [&](int64_t head, auto f) {  // f(block, its place in the scratch, vectors)
     for (int64_t block = blocks.begin; block < blocks.end; ++block)
       with_vectors(blocks_[block], [&](auto nv) {
-        strip_gradient<Op, decltype(nv)::value>(
-            pass, block, head, {k, k + kStep}, scratch, block - blocks.begin,
-            slopes(head, block, std::max(k, blocks_[block].keys.begin)));
+        f(block, (head - heads.begin) * blocks.size() + block - blocks.begin, nv);
       });
-    then(Range{k, k + kStep}.clip(keys));
-  }
+  };
+  for (int64_t h = heads.begin; h < heads.end; ++h)
+    each(h, [&](int64_t block, int64_t place, auto nv) {
+      enter_head<Op, decltype(nv)::value>(pass, resident, block, h, scratch, place);
+    });
+  for (int64_t k = keys.begin / kStep * kStep; k < keys.end; k += kStep)
+    for (int64_t h = heads.begin; h < heads.end; ++h) {
+      each(h, [&](int64_t block, int64_t place, auto nv) {
+        strip_gradient<Op, decltype(nv)::value>(pass, block, h, {k, k + kStep}, scratch, place,
+                                                slopes(h, block, std::max(k, blocks_[block].keys.begin)));
+      });
+      then(h, Range{k, k + kStep}.clip(keys));
+    }
   if (call_.wanted & kWantQ)
-    for (int64_t block = blocks.begin; block < blocks.end; ++block)
-      store_query_gradient(block, head, scratch.d_q.get() + (block - blocks.begin) * 3 * W * call_.student.size);
+    for (int64_t h = heads.begin; h < heads.end; ++h)
+      each(h, [&](int64_t block, int64_t place, auto) {
+        store_query_gradient(block, h, scratch.d_q.get() + place * 3 * W * call_.student.size);
+      });
 }
 
 // Each key head of a sample belongs to one thread, which takes its dk along.
@@ -106,23 +113,24 @@ void Engine<T>::owned_gradients(const Pass& pass, bool resident) {
   struct Item { int64_t key_head; Range blocks; };
   std::vector<Item> items;
   each_sample(pass.blocks, [&](Range blocks) {
-    for (int64_t kv = pass.heads.begin / repeat; kv * repeat < pass.heads.end; ++kv)
-      items.push_back({kv, blocks});
+    for (const Range run : pass.runs())
+      for (int64_t kv = run.begin / repeat; kv * repeat < run.end; ++kv) items.push_back({kv, blocks});
   });
   parallel(static_cast<int64_t>(items.size()), call_.threads, [](int64_t) { return 1; },
            [&](int64_t i, int64_t thread) {
     const auto& [key_head, part] = items[i];
     Scratch& scratch = scratch_[thread];
     const int64_t sample = blocks_[part.begin].sample;
-    const Range mine = Range{key_head * repeat, (key_head + 1) * repeat}.clip(pass.heads);
-    for (int64_t h = mine.begin; h < mine.end; ++h)
+    const Range mine = pass.of(key_head);
+    // As many heads at once as have their dq in the second cache; their blocks, then, are all at once, too.
+    const int64_t heads = together > 1 && part.size() <= together ? places() / part.size() : 1;
+    for (int64_t h = mine.begin; h < mine.end; h += heads)
       for (int64_t first = part.begin; first < part.end; first += together) {
         const Range now = Range{first, first + together}.clip(part);
         // the first to come writes all of dk, the others add to their part of it
-        const bool first_of_all =
-            fresh_[sample * s.key_heads + key_head] && h == mine.begin && first == part.begin;
+        const bool fresh = fresh_[sample * s.key_heads + key_head] && h == mine.begin && first == part.begin;
         Range keys = samples_[sample].all[0];
-        if (!first_of_all) {
+        if (!fresh) {
           keys = blocks_[first].keys;
           for (int64_t block = first; block < now.end; ++block)
             keys = {std::min(keys.begin, blocks_[block].keys.begin),
@@ -132,14 +140,16 @@ void Engine<T>::owned_gradients(const Pass& pass, bool resident) {
           return scratch.slopes.get() + (block - first) * kStep * 3 * W +
                  (k - std::max(k / kStep * kStep, blocks_[block].keys.begin)) * blocks_[block].lanes;
         };
-        head_gradients<Op>(pass, resident, h, now, keys, slopes, [&](Range strip) {
+        head_gradients<Op>(pass, resident, Range{h, h + heads}.clip(mine), now, keys, slopes,
+                           [&](int64_t head, Range strip) {
           if (!(call_.wanted & kWantK)) return;
-          if (first_of_all) key_gradient<Op, true>(pass, {h, h + 1}, now, strip, sample, slopes, scratch);
-          else key_gradient<Op, false>(pass, {h, h + 1}, now, strip, sample, slopes, scratch);
+          const Range one{head, head + 1};
+          if (fresh && head == h) key_gradient<Op, true>(pass, one, now, strip, sample, slopes, scratch);
+          else key_gradient<Op, false>(pass, one, now, strip, sample, slopes, scratch);
         }, scratch);
       }
   });
-  each_sample(pass.blocks, [&](Range blocks) { written(pass.heads, blocks); });
+  for (const Range run : pass.runs()) each_sample(pass.blocks, [&](Range blocks) { written(run, blocks); });
 }
 
 // More threads than key heads: dS of as many heads and blocks as an eighth of the budget holds, each by
@@ -153,47 +163,49 @@ void Engine<T>::shared_gradients(const Pass& pass, bool resident) {
   for (int64_t block = pass.blocks.begin; block < pass.blocks.end; ++block)
     at.push_back(at.back() + blocks_[block].width() * blocks_[block].lanes);
   const int64_t step = std::clamp<int64_t>(room / at.back(), 1, pass.heads.size());
-  for (int64_t h = pass.heads.begin; h < pass.heads.end; h += step)
-    for (int64_t first = 0, next; first < pass.blocks.size(); first = next) {
-      next = first + 1;
-      while (next < pass.blocks.size() && (at[next + 1] - at[first]) * step <= room) ++next;
-      const Range heads = Range{h, h + step}.clip(pass.heads);
-      const Range blocks{pass.blocks.begin + first, pass.blocks.begin + next};
-      const int64_t size = at[next] - at[first];
-      slopes_.reset(size * heads.size());
-      for (Scratch& scratch : scratch_)
-        scratch.stretches.reset(kStep / kGranule * blocks.size() * std::min(heads.size(), repeat) *
-                                int64_t(sizeof(Stretch<typename Op::Element>)));
-      auto slopes = [&](int64_t head, int64_t block, int64_t k) {
-        return slopes_.get() + (head - h) * size + at[block - pass.blocks.begin] - at[first] +
-               (k - blocks_[block].keys.begin) * blocks_[block].lanes;
-      };
-      parallel(blocks.size() * heads.size(), call_.threads,
-               [&](int64_t i) { return blocks_[blocks.begin + i % blocks.size()].tile(); },
-               [&](int64_t i, int64_t thread) {
-        const int64_t block = blocks.begin + i % blocks.size();
-        head_gradients<Op>(pass, resident, h + i / blocks.size(), {block, block + 1}, blocks_[block].keys,
-                           slopes, [](Range) {}, scratch_[thread]);
-      });
-      if (!(call_.wanted & kWantK)) continue;
-      struct Item { int64_t sample, key_head; Range keys; };
-      std::vector<Item> items;
-      each_sample(blocks, [&](Range mine) {
-        const int64_t sample = blocks_[mine.begin].sample;
-        for (int64_t kv = heads.begin / repeat; kv * repeat < heads.end; ++kv)
-          for (int64_t k = 0; k < samples_[sample].all[0].end; k += kStep)
-            items.push_back({sample, kv, Range{k, k + kStep}.clip(samples_[sample].all[0])});
-      });
-      parallel(static_cast<int64_t>(items.size()), call_.threads, [](int64_t) { return 1; },
-               [&](int64_t i, int64_t thread) {
-        const auto& [sample, kv, keys] = items[i];
-        const Range mine = Range{kv * repeat, (kv + 1) * repeat}.clip(heads);
-        if (fresh_[sample * s.key_heads + kv])
-          key_gradient<Op, true>(pass, mine, blocks, keys, sample, slopes, scratch_[thread]);
-        else key_gradient<Op, false>(pass, mine, blocks, keys, sample, slopes, scratch_[thread]);
-      });
-      each_sample(blocks, [&](Range mine) { written(heads, mine); });
-    }
+  for (const Range run : pass.runs())
+    for (int64_t h = run.begin; h < run.end; h += step)
+      for (int64_t first = 0, next; first < pass.blocks.size(); first = next) {
+        next = first + 1;
+        while (next < pass.blocks.size() && (at[next + 1] - at[first]) * step <= room) ++next;
+        const Range heads = Range{h, h + step}.clip(run);
+        const Range blocks{pass.blocks.begin + first, pass.blocks.begin + next};
+        const int64_t size = at[next] - at[first];
+        slopes_.reset(size * heads.size());
+        for (Scratch& scratch : scratch_)
+          scratch.stretches.reset(kStep / kGranule * blocks.size() * std::min(heads.size(), repeat) *
+                                  int64_t(sizeof(Stretch<typename Op::Element>)));
+        auto slopes = [&](int64_t head, int64_t block, int64_t k) {
+          return slopes_.get() + (head - h) * size + at[block - pass.blocks.begin] - at[first] +
+                 (k - blocks_[block].keys.begin) * blocks_[block].lanes;
+        };
+        parallel(blocks.size() * heads.size(), call_.threads,
+                 [&](int64_t i) { return blocks_[blocks.begin + i % blocks.size()].tile(); },
+                 [&](int64_t i, int64_t thread) {
+          const int64_t block = blocks.begin + i % blocks.size();
+          const int64_t head = h + i / blocks.size();
+          head_gradients<Op>(pass, resident, {head, head + 1}, {block, block + 1}, blocks_[block].keys, slopes,
+                             [](int64_t, Range) {}, scratch_[thread]);
+        });
+        if (!(call_.wanted & kWantK)) continue;
+        struct Item { int64_t sample, key_head; Range keys; };
+        std::vector<Item> items;
+        each_sample(blocks, [&](Range mine) {
+          const int64_t sample = blocks_[mine.begin].sample;
+          for (int64_t kv = heads.begin / repeat; kv * repeat < heads.end; ++kv)
+            for (int64_t k = 0; k < samples_[sample].all[0].end; k += kStep)
+              items.push_back({sample, kv, Range{k, k + kStep}.clip(samples_[sample].all[0])});
+        });
+        parallel(static_cast<int64_t>(items.size()), call_.threads, [](int64_t) { return 1; },
+                 [&](int64_t i, int64_t thread) {
+          const auto& [sample, kv, keys] = items[i];
+          const Range mine = Range{kv * repeat, (kv + 1) * repeat}.clip(heads);
+          if (fresh_[sample * s.key_heads + kv])
+            key_gradient<Op, true>(pass, mine, blocks, keys, sample, slopes, scratch_[thread]);
+          else key_gradient<Op, false>(pass, mine, blocks, keys, sample, slopes, scratch_[thread]);
+        });
+        each_sample(blocks, [&](Range mine) { written(heads, mine); });
+      }
 }
 
 // f(blocks of one sample) for every sample that has some of these.
@@ -229,6 +241,7 @@ template <typename T> void Engine<T>::clear_gradients() {
   }
   auto clear = [&](void* out, int64_t heads, int64_t length, const std::vector<std::vector<char>>& written,
                    bool everything) {
+    prefer_large_pages(out, call_.batch * heads * length * s.size * int64_t(sizeof(T)));
     parallel(call_.batch * heads, call_.threads, [](int64_t) { return 1; }, [&](int64_t i, int64_t) {
       const auto& seen = written[i / heads];
       T* to = static_cast<T*>(out) + i * length * s.size;

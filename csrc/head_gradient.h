@@ -89,7 +89,8 @@ void Engine<T>::mix_gradient(int64_t index, int64_t head, const Tile<Op>& tile, 
   for (int64_t g = 0; g < groups; ++g) {
     const T* e = plane(1, index, g);
     Vec<T> sum{};
-    each_column_strip(block, tile.factors, [&](int64_t c, int64_t end, const T* f) {
+    each_column_strip(block, {0, block.columns.size()}, [&](int64_t c, int64_t end, int64_t at) {
+      const T* f = tile.factors + at;
       Vec<T> partial{};
       for (; c < end; ++c)
         for (int v = 0; v < NV; ++v) {
@@ -114,7 +115,8 @@ void Engine<T>::plain_delta(int64_t index, const Tile<Op>& tile, const T* gradie
   constexpr int lanes = NV * W;
   const Block& block = blocks_[index];
   const int32_t* key = samples_[block.sample].key_of_column.data() + block.columns.begin;
-  each_column_strip(block, tile.factors, [&](int64_t c, int64_t end, const T* f) {
+  each_column_strip(block, {0, block.columns.size()}, [&](int64_t c, int64_t end, int64_t at) {
+    const T* f = tile.factors + at;
     Vec<T> partial[NV] = {};
     for (; c < end; ++c)
       for (int v = 0; v < NV; ++v)

@@ -29,13 +29,19 @@ template <typename T> void Engine<T>::maps(int64_t index) {
 }
 
 // The maps of all blocks of the chunk; sides: 0 the student, 1 the teacher. An item is one side of a few
-// blocks, taken together head by head, so that a head's keys come from memory once for all of them.
+// blocks, taken together head by head, so that a head's keys come from memory once for all of them. Where
+// blocks are too few for the threads, these share the heads of a block instead.
 template <typename T> void Engine<T>::sweep(Range sides) {
   struct Item { bool student; Range blocks; };
   std::vector<Item> items;
-  for (int64_t which = sides.begin; which < sides.end; ++which)
+  for (int64_t which = sides.begin; which < sides.end; ++which) {
+    if (by_heads(which == 0)) {
+      with_product(side(which == 0), [&](auto op) { sweep_heads<decltype(op)>(which == 0); });
+      continue;
+    }
     for (int64_t from = chunk_.blocks.begin; from < chunk_.blocks.end; from += together_)
       items.push_back({which == 0, Range{from, from + together_}.clip(chunk_.blocks)});
+  }
   parallel(static_cast<int64_t>(items.size()), call_.threads,
            [&](int64_t i) {
              const auto& [student, blocks] = items[i];
@@ -45,15 +51,60 @@ template <typename T> void Engine<T>::sweep(Range sides) {
            [&](int64_t i, int64_t thread) {
              const auto& [student, blocks] = items[i];
              with_product(side(student), [&, student = student, blocks = blocks](auto op) {
+               using Op = decltype(op);
                const Range heads = head_range(side(student), student, chunk_);
-               for (int64_t h = heads.begin; h < heads.end; ++h)
+               const int64_t step = adds_exponentials(student) ? kPair : 1;
+               for (int64_t h = heads.begin; h < heads.end; h += step)
                  for (int64_t block = blocks.begin; block < blocks.end; ++block)
                    with_vectors(blocks_[block], [&](auto nv) {
-                     head_maps<decltype(op), decltype(nv)::value>(student, block, h, scratch_[thread],
-                                                                  block - blocks.begin);
+                     head_maps<Op, decltype(nv)::value>(student, block, Range{h, h + step}.clip(heads),
+                                                        scratch_[thread], block - blocks.begin);
                    });
              });
            });
+}
+
+// One side, as many heads at a time as the threads and the tiles' room allow: their tiles, then their share of
+// the maps, cut by columns.
+template <typename T>
+template <typename Op>
+void Engine<T>::sweep_heads(bool student) {
+  constexpr int64_t part = 2048;
+  const Range all = head_range(side(student), student, chunk_), blocks = chunk_.blocks;
+  const int64_t size = widest_tile(blocks), fit = call_.budget / 4 / int64_t(sizeof(T)) / (size * blocks.size());
+  const int64_t step = std::clamp<int64_t>(fit / call_.threads * call_.threads, call_.threads, kMostHeads);
+  tiles_.reset(step * blocks.size() * size);
+  struct Item { int64_t block; Range columns; };
+  std::vector<Item> items;
+  for (int64_t block = blocks.begin; block < blocks.end; ++block)
+    for (int64_t c = 0; c < blocks_[block].columns.size(); c += part)
+      items.push_back({block, Range{c, c + part}.clip({0, blocks_[block].columns.size()})});
+  for (int64_t first = all.begin; first < all.end; first += step) {
+    const Range heads = Range{first, first + step}.clip(all);
+    auto where = [&](int64_t block, int64_t head) {
+      return tile_of<Op>(student, block, head,
+                         tiles_.get() + ((head - first) * blocks.size() + block - blocks.begin) * size);
+    };
+    parallel(heads.size() * blocks.size(), call_.threads,
+             [&](int64_t i) { return blocks_[blocks.begin + i % blocks.size()].tile(); },
+             [&](int64_t i, int64_t thread) {
+      const int64_t block = blocks.begin + i % blocks.size(), head = first + i / blocks.size();
+      with_vectors(blocks_[block], [&](auto nv) {
+        Vec<T> lse[decltype(nv)::value];
+        head_tile<Op, decltype(nv)::value>(student, block, head, where(block, head), lse, scratch_[thread]);
+      });
+    });
+    parallel(static_cast<int64_t>(items.size()), call_.threads,
+             [&](int64_t i) { return items[i].columns.size(); },
+             [&](int64_t i, int64_t) {
+      const auto& [block, columns] = items[i];
+      Tile<Op> tiles[kMostHeads];
+      for (int64_t h = heads.begin; h < heads.end; ++h) tiles[h - first] = where(block, h);
+      with_vectors(blocks_[block], [&, block = block, columns = columns](auto nv) {
+        add_exponentials<Op, decltype(nv)::value>(student, block, heads, tiles, columns);
+      });
+    });
+  }
 }
 
 // Lays out a chunk's workspace; what a chunk before left in it is gone.
@@ -61,17 +112,16 @@ template <typename T> void Engine<T>::enter(const Chunk& chunk) {
   chunk_ = chunk;
   passes_ = passes(chunk);
   map_at_.assign(1, 0);
-  int64_t widest = 0, widest_tile = 0, mask_count = 0, slab = 0;
+  int64_t widest = 0, mask_count = 0, slab = 0;
   for (int64_t i = chunk.blocks.begin; i < chunk.blocks.end; ++i) {
     Block& block = blocks_[i];
     block.masks = mask_count;
     mask_count += block.width();
     map_at_.push_back(map_at_.back() + map_size(block, chunk.groups.size()));
     widest = std::max(widest, block.columns.size() * block.lanes);
-    widest_tile = std::max({widest_tile, tile_size(call_.student, block), tile_size(call_.teacher, block)});
   }
   for (const Pass& pass : passes_)
-    slab = std::max(slab, (tile_at_[pass.blocks.end] - tile_at_[pass.blocks.begin]) * pass.heads.size());
+    slab = std::max(slab, (tile_at_[pass.blocks.end] - tile_at_[pass.blocks.begin]) * pass.slots());
   maps_.reset(map_at_.back());
   mass_.reset(chunk.blocks.size() * chunk.groups.size() * 3 * W);
   slab_.reset(slab);
@@ -83,7 +133,8 @@ template <typename T> void Engine<T>::enter(const Chunk& chunk) {
   widest_ = widest;
   const int64_t size = std::max(call_.student.size, call_.teacher.size);
   for (Scratch& scratch : scratch_) {
-    scratch.scores.reset(widest_tile);
+    if (!by_heads(true) || (call_.teacher.heads && !by_heads(false)))
+      scratch.scores.reset(kPair * widest_tile(chunk.blocks));
     scratch.strip.reset(kStep * 3 * W);
     scratch.queries.reset(3 * W * packed_stride<T>(size));
     scratch.transposed.reset(3 * W * size);
@@ -129,11 +180,40 @@ void Engine<T>::score_strip(Rows<typename Op::Element> keys, bool student, const
                                      query_factor(from), hidden, s, top);
 }
 
-// One head of one side for one block of rows: its log-sum-exps, its share of the maps. `place` counts
+// A tile's place: in the slab where the gradient will look for it, else where it is worked in.
+template <typename T>
+template <typename Op>
+auto Engine<T>::tile_of(bool student, int64_t index, int64_t head, T* else_at) -> Tile<Op> {
+  const bool kept = student && !passes_.empty() && passes_.back().holds(index, head);
+  return tile<Op>(kept ? attention(passes_.back(), index, head) : else_at, blocks_[index]);
+}
+
+// Some heads of one side for one block of rows: their log-sum-exps, their share of the maps. `place` counts
 // the blocks that a thread takes together.
 template <typename T>
 template <typename Op, int NV>
-void Engine<T>::head_maps(bool student, int64_t index, int64_t h, Scratch& scratch, int64_t place) {
+void Engine<T>::head_maps(bool student, int64_t index, Range heads, Scratch& scratch, int64_t place) {
+  const FaSide& from = side(student);
+  const int64_t size = tile_size(from, blocks_[index]);
+  Tile<Op> tiles[kPair];
+  Vec<T> lse[NV];
+  for (int64_t h = heads.begin, n = 0; h < heads.end; ++h, ++n) {
+    tiles[n] = tile_of<Op>(student, index, h, scratch.scores.get() + n * size);
+    head_tile<Op, NV>(student, index, h, tiles[n], lse, scratch);
+  }
+  if (adds_exponentials(student))
+    return add_exponentials<Op, NV>(student, index, heads, tiles, {0, blocks_[index].columns.size()});
+  T* log_sums = call_.in_logs ? scratch.column.get() + place * widest_ : nullptr;
+  absorb<Op, NV>(student, index, heads.begin, tiles[0], lse, log_sums);
+  if (call_.in_logs && style(student) == kMean && heads.end == from.heads)
+    finish_logs<NV>(student, index, log_sums);
+}
+
+// A head's tile and log-sum-exps for one block of rows.
+template <typename T>
+template <typename Op, int NV>
+void Engine<T>::head_tile(bool student, int64_t index, int64_t h, const Tile<Op>& tile, Vec<T>* lse,
+                          Scratch& scratch) {
   using Element = typename Op::Element;
   constexpr int lanes = NV * W;
   const FaSide& from = side(student);
@@ -145,7 +225,6 @@ void Engine<T>::head_maps(bool student, int64_t index, int64_t h, Scratch& scrat
   const T hidden = softmax ? -kInfinity<T> : T(0);
   auto* queries = reinterpret_cast<Element*>(scratch.queries.get());
   const bool kept = student && !passes_.empty() && passes_.back().holds(index, h);
-  const auto tile = this->tile<Op>(kept ? attention(passes_.back(), index, h) : scratch.scores.get(), block);
   T* factors = tile.factors;
   const auto& ranges = kept || (softmax && !known) ? s.all : s.compared;
   const auto keys = key_rows<Op>(student, block.sample, h);
@@ -154,7 +233,7 @@ void Engine<T>::head_maps(bool student, int64_t index, int64_t h, Scratch& scrat
             reinterpret_cast<Element*>(scratch.transposed.get()));
 
   Running<T, NV> running;
-  Vec<T> lse[NV] = {};
+  for (int v = 0; v < NV; ++v) lse[v] = Vec<T>{};
   T values[lanes];
   const int64_t rows = (s.b * from.heads + h) * call_.rows;
   if (known) {
@@ -202,26 +281,49 @@ void Engine<T>::head_maps(bool student, int64_t index, int64_t h, Scratch& scrat
     for (int v = 0; v < NV; ++v) store(values + v * W, lse[v]);
     scatter(values, block, static_cast<T*>(from.lse) + rows);
   }
-  T* log_sums = call_.in_logs ? scratch.column.get() + place * widest_ : nullptr;
-  absorb<Op, NV>(student, index, h, tile, lse, log_sums);
-  if (call_.in_logs && style(student) == kMean && h + 1 == from.heads)
-    finish_logs<NV>(student, index, log_sums);
 }
 
-// f(first column, last, the strip's factors): the block's columns, cut where the strips of keys end.
+// f(first column, last, where a tile has the strip's factors): some of the block's columns, cut where the strips
+// of keys end.
 template <typename T>
 template <typename F>
-void Engine<T>::each_column_strip(const Block& block, const T* factors, F f) const {
+void Engine<T>::each_column_strip(const Block& block, Range columns, F f) const {
   const int32_t* key = samples_[block.sample].key_of_column.data() + block.columns.begin;
-  const int64_t columns = block.columns.size();
-  for (int64_t c = 0; c < columns;) {
+  for (int64_t c = columns.begin; c < columns.end;) {
     const int64_t first = c, strip = key[c] / kStep;
-    while (c < columns && key[c] / kStep == strip) ++c;
-    f(first, c, factors + (strip - block.first_strip()) * block.lanes);
+    while (c < columns.end && key[c] / kStep == strip) ++c;
+    f(first, c, (strip - block.first_strip()) * block.lanes);
   }
 }
 
-// Adds one head to the maps; the tile holds its exponentials or scores, `sum` the sums beside running maxima.
+// Adds some heads of a mean to the maps, some columns of them: a map's line is read and written once for all.
+template <typename T>
+template <typename Op, int NV>
+void Engine<T>::add_exponentials(bool student, int64_t index, Range heads, const Tile<Op>* tiles,
+                                 Range columns) {
+  constexpr int lanes = NV * W;
+  const Block& block = blocks_[index];
+  const int32_t* key = samples_[block.sample].key_of_column.data() + block.columns.begin;
+  const bool starts = heads.begin == 0;
+  const T share = T(1) / T(side(student).heads);
+  T* out = plane(student ? 0 : 1, index, 0);
+  const int64_t count = heads.size();
+  each_column_strip(block, columns, [&](int64_t c, int64_t end, int64_t at) {
+    Vec<T> scale[kMostHeads][NV];
+    for (int64_t n = 0; n < count; ++n)
+      for (int v = 0; v < NV; ++v) scale[n][v] = load(tiles[n].factors + at + v * W) * share;
+    for (; c < end; ++c) {
+      Vec<T> sum[NV];
+      for (int v = 0; v < NV; ++v) sum[v] = starts ? Vec<T>{} : load(out + c * lanes + v * W);
+      const int64_t line = (key[c] - block.keys.begin) * lanes;
+      for (int64_t n = 0; n < count; ++n)
+        for (int v = 0; v < NV; ++v) sum[v] += load(tiles[n].entries + line + v * W) * scale[n][v];
+      for (int v = 0; v < NV; ++v) store(out + c * lanes + v * W, sum[v]);
+    }
+  });
+}
+
+// Adds one head to the maps, whatever the specification; `sum` holds the sums beside running maxima.
 template <typename T>
 template <typename Op, int NV>
 void Engine<T>::absorb(bool student, int64_t index, int64_t head, const Tile<Op>& tile, const Vec<T>* lse,
@@ -257,9 +359,10 @@ void Engine<T>::absorb(bool student, int64_t index, int64_t head, const Tile<Op>
   const T share = how == kMean ? T(1) / T(from.heads) : T(1);
   const bool exponentiated = keeps_exponentials(from), softmax = call_.normalize != kScores;
   auto add = [&](auto value) {
-    each_column_strip(block, tile.factors, [&](int64_t c, int64_t end, const T* factors) {
+    each_column_strip(block, {0, columns}, [&](int64_t c, int64_t end, int64_t at) {
       Vec<T> scale[NV];
-      for (int v = 0; v < NV; ++v) scale[v] = exponentiated ? load(factors + v * W) * share : all<T>(share);
+      for (int v = 0; v < NV; ++v)
+        scale[v] = exponentiated ? load(tile.factors + at + v * W) * share : all<T>(share);
       for (; c < end; ++c)
         for (int v = 0; v < NV; ++v) {
           const Vec<T> p = value(load(line(c) + v * W), v) * scale[v];

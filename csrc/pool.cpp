@@ -72,9 +72,7 @@ void* acquire(int64_t bytes) {
     memory = std::aligned_alloc(static_cast<size_t>(bytes < kHuge ? kLine : kHuge),
                                 static_cast<size_t>(bytes));
     if (!memory) throw std::bad_alloc();
-#ifdef __linux__
-    if (bytes >= kHuge) madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);
-#endif
+    prefer_large_pages(memory, bytes);
   }
   if (poison) std::memset(memory, 0xff, static_cast<size_t>(bytes));
   return memory;
@@ -92,6 +90,14 @@ void give_back(void* memory, int64_t bytes) {
     p.held -= p.free.front().bytes;
     p.free.erase(p.free.begin());
   }
+}
+
+void prefer_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef __linux__
+  const auto begin = reinterpret_cast<uintptr_t>(memory), unit = static_cast<uintptr_t>(kHuge);
+  const uintptr_t first = (begin + unit - 1) / unit * unit, end = (begin + bytes) / unit * unit;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace fastalign

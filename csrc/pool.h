@@ -13,4 +13,7 @@ void* acquire(int64_t bytes);
 // `bytes` as in acquire().
 void give_back(void* memory, int64_t bytes);
 
+// Asks for large pages where memory of somebody else is about to be written for the first time.
+void prefer_large_pages(void* memory, int64_t bytes);
+
 }  // namespace fastalign

@@ -207,13 +207,30 @@ def _multiply(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 def _scale(
-    q: Tensor, k: Tensor, mix: Tensor | None, d_q: Tensor, d_k: Tensor, d_mix: Tensor, grad: Tensor
+    q: Tensor,
+    k: Tensor,
+    mix: Tensor | None,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_mix: Tensor,
+    grad: Tensor,
+    last: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Kept gradients times the upstream one, in the inputs' types."""
+    """Kept gradients times the upstream one, in the inputs' types; ``last``: nobody needs them again."""
     dtypes = (q.dtype, k.dtype, d_mix.dtype if mix is None else mix.dtype)
     return tuple(
-        cpu.scaled(x, grad, dtype) for x, dtype in zip((d_q, d_k, d_mix), dtypes, strict=True)
+        x.mul_(grad.to(x.dtype)) if last and x.dtype == dtype else cpu.scaled(x, grad, dtype)
+        for x, dtype in zip((d_q, d_k, d_mix), dtypes, strict=True)
     )
+
+
+def _is_last() -> bool:
+    """Whether the backward that runs now frees the graph (no retain_graph), as torch.compile asks it, too.
+
+    A torch without this question gets the answer that costs a copy.
+    """
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and not keeps()
 
 
 torch.library.impl("fastalign::scale_gradients", "default", _scale)
@@ -260,6 +277,6 @@ class _Together(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: through the operator that has no derivative
             scaled = torch.ops.fastalign.scale_gradients(*ctx.saved_tensors, grad)
         else:
-            scaled = _scale(*ctx.saved_tensors, grad)  # type: ignore[call-arg]
+            scaled = _scale(*ctx.saved_tensors, grad, last=_is_last())
         wanted = ctx.needs_input_grad[:3]
         return (*(x if asked else None for x, asked in zip(scaled, wanted, strict=True)), None)

@@ -105,6 +105,58 @@ def test_bits_do_not_depend_on_the_number_of_threads(
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_graph_that_is_kept_keeps_its_gradients(dtype: torch.dtype) -> None:
+    """Only the last backward may scale them where they lie; each gives the same, by its own factor."""
+    inputs = random_inputs(AlignSpec(), dtype=dtype)
+    q, k = (x.detach().clone().requires_grad_() for x in (inputs.q_s, inputs.k_s))
+    loss = fused_attn_align_loss(q, k, inputs.q_t, inputs.k_t, backend="cpu", **inputs.keywords)
+    once = torch.autograd.grad(loss, (q, k), retain_graph=True)
+    kept = [x.clone() for x in once]
+    twice = torch.autograd.grad(2 * loss, (q, k), retain_graph=True)
+    last = torch.autograd.grad(4 * loss, (q, k))
+    for first, before, second, third in zip(once, kept, twice, last, strict=True):
+        assert torch.equal(first, before) and first.abs().max() > 0
+        assert torch.equal(second, 2 * first) and torch.equal(third, 4 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, (q, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("budget", BUDGETS[:2])
+def test_few_rows_and_many_keys(
+    budget: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threads share the heads of a block, of all key heads in every pass; and the bits are the same."""
+    monkeypatch.setattr(cpu, "WORKSPACE_BYTES", budget)
+    generator = torch.Generator().manual_seed(6)
+    length, rows = 9000, 20
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    visual = torch.rand((1, length), generator=generator) < 0.8
+    inputs = Inputs(
+        normal(1, 6, rows, 8), normal(1, 2, length, 8), normal(1, 5, rows, 8),
+        normal(1, 5, length, 8),
+        {"visual_mask": visual, "query_positions": torch.arange(length - rows, length)[None]},
+    )  # fmt: skip
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(inputs.run(AlignSpec(), "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        for got, want in zip(result, results[0], strict=True):
+            assert torch.equal(got, want)
+    exact = inputs.to(torch.float64).run(AlignSpec(), "reference")
+    for got, want in zip(results[0], exact, strict=True):
+        assert relative_error(got, want) < (2e-5 if dtype == torch.float32 else 2e-2)
+
+
 @pytest.mark.parametrize("spec", SOME, ids=spec_id)
 def test_every_subset_of_requested_gradients(spec: AlignSpec) -> None:
     """What is asked for is what comes when everything is asked for; what is not stays None."""
