@@ -264,11 +264,11 @@ template <typename T> class Engine final : public Session {
   bool adds_exponentials(bool student) const {
     return style(student) == kMean && keeps_exponentials(side(student));
   }
-  // Whether the threads share the heads of a block: its tiles are worth it, blocks are few.
+  // Whether the threads share the heads of a block: blocks are few, and tiles large (beside the workspace, so that
+  // tests with a small one come here, too).
   bool by_heads(bool student) const {
-    constexpr int64_t worth = 1 << 18;  // bytes
     return call_.threads > 1 && adds_exponentials(student) && chunk_.blocks.size() < 2 * call_.threads &&
-           widest_tile(chunk_.blocks) * int64_t(sizeof(T)) > worth;
+           widest_tile(chunk_.blocks) * int64_t(sizeof(T)) > call_.budget / 256;
   }
   int64_t widest_tile(Range blocks) const {
     int64_t size = 0;
