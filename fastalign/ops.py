@@ -277,6 +277,7 @@ class _Together(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: through the operator that has no derivative
             scaled = torch.ops.fastalign.scale_gradients(*ctx.saved_tensors, grad)
         else:
-            scaled = _scale(*ctx.saved_tensors, grad, last=_is_last())
+            q, k, mix, d_q, d_k, d_mix = ctx.saved_tensors
+            scaled = _scale(q, k, mix, d_q, d_k, d_mix, grad, last=_is_last())
         wanted = ctx.needs_input_grad[:3]
         return (*(x if asked else None for x, asked in zip(scaled, wanted, strict=True)), None)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def bench(
@@ -69,7 +71,7 @@ def bench(
     outcome = suite.run(options, lambda line: typer.echo(line, err=True))
     if out is not None:
         _suite("table").write(out, outcome.rows)
-    Console().print(_results(outcome.rows))
+    Console().print(*_results(outcome.rows), sep="\n")
     for name, who, why in outcome.red:
         typer.echo(f"RED: {name} {who}: {why}; no figure", err=True)
     if outcome.red:
@@ -110,30 +112,32 @@ def _names(shapes: Any, modes: Any) -> Table:
     return table
 
 
-def _results(rows: list[Any]) -> Table:
-    """A line for each shape and provider."""
-    table = Table(pad_edge=False)
-    for name in ("shape", "mode", "provider"):
-        table.add_column(name, no_wrap=name == "shape")
-    for name in ("ms", "p20-p80", "factor", "roofline", "peak MiB"):
-        table.add_column(name, justify="right")
-    by: dict[tuple[str, str, str], dict[str, Any]] = {}
+def _results(rows: list[Any]) -> Iterator[Table | Text]:
+    """A table for each shape and mode, narrow enough for 80 columns; below it, who was left out and why."""
+    by: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
         if row.shape != "machine":
             metric = "factor" if row.metric.startswith("factor_over_") else row.metric
-            by.setdefault((row.shape, row.mode, row.provider), {})[metric] = row
-    for key, found in by.items():
-        if left_out := found.get("left_out"):
-            table.add_row(*key, "-", left_out.note, style="dim")
-            continue
-        time, factor = found["time_ms"], found.get("factor")
-        table.add_row(
-            *key,
-            f"{time.p50:.2f}",
-            f"{time.p20:.2f}-{time.p80:.2f}",
-            f"{factor.p50:.2f}" if factor else "-",
-            f"{found['roofline'].p50:.0%}",
-            f"{found['peak_mib'].p50:.1f}",
-        )
-    table.caption = "factor: the fastest peer's time over this one's, paired within rounds"
-    return table
+            by.setdefault((row.shape, row.mode), {}).setdefault(row.provider, {})[metric] = row
+    for (shape, mode), providers in by.items():
+        table = Table(title=f"{shape}, {mode}", title_justify="left", pad_edge=False, min_width=78)
+        table.add_column("provider", no_wrap=True)
+        for name in ("ms", "p20-p80", "factor", "roofline", "peak MiB"):
+            table.add_column(name, justify="right", no_wrap=True)
+        left_out = []
+        for name, found in providers.items():
+            if "left_out" in found:
+                left_out.append(f"{name}: {found['left_out'].note}")
+                continue
+            time, factor = found["time_ms"], found.get("factor")
+            table.add_row(
+                name,
+                f"{time.p50:.2f}",
+                f"{time.p20:.2f}-{time.p80:.2f}",
+                f"{factor.p50:.2f}" if factor else "-",
+                f"{found['roofline'].p50:.0%}",
+                f"{found['peak_mib'].p50:.1f}",
+            )
+        yield table
+        yield Text("".join(f"left out: {line}\n" for line in left_out), style="dim")
+    yield Text("factor: the fastest peer's time over this one's, paired within rounds")
