@@ -44,14 +44,22 @@ _SM_80: _Table = {
     "dq": Tile(64, 32, 4, 2, "static 0.281, floor 0.25"),
     "dk": Tile(32, 64, 4, 2, "static 0.256, floor 0.25"),
     "dk_logs": Tile(64, 64, 8, 2, "32x64 with 4 warps spills"),
+    "dk_scores": Tile(32, 64, 4, 1, "with two stages it spills at head sizes 80 and 96"),
     "head_kl": Tile(128, 64, 8, 2, "static 0.272, floor 0.25; 64x64 0.367; 4 warps spill"),
 }
 # mma.sync as on sm_80, but 99 KB of shared memory a program.
 _SM_8X: _Table = {
     "row_lse": Tile(128, 64, 4, 2, "as sm_80"),
+    "row_delta": Tile(128, 64, 8, 2, "64x64 spills at head sizes 80 and 96"),
+    "dq_logs": Tile(64, 64, 8, 1, "with two stages it spills at head sizes 80 and 96"),
+    "dq_scores": Tile(64, 64, 8, 1, "with two stages it spills at head size 64"),
     "dk": Tile(32, 64, 8, 2, "64x64, and fewer warps or one stage, spill here or there"),
 }
-_SM_120: _Table = {**_SM_8X, "pooled_sums": Tile(64, 64, 8, 1, "with two stages it spills")}
+_SM_120: _Table = {
+    "row_lse": _SM_8X["row_lse"],
+    "pooled_sums": Tile(64, 64, 8, 1, "with two stages it spills"),
+    "dk": _SM_8X["dk"],
+}
 _SM_90: _Table = {
     "row_lse": Tile(128, 64, 4, 2, "static 0.079, floor 0.0625; 8 warps 0.087"),
     "row_delta": Tile(128, 64, 8, 2, "static 0.093, floor 0.0625; 64x64 with 4 warps 0.104"),
@@ -112,17 +120,59 @@ _MMA_SYNC_WIDE: _Table = {
     "dk": Tile(16, 32, 4, 1, "32x32 spills"),
 }
 _WIDE_TABLES: dict[str, _Table] = {
-    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120"), _MMA_SYNC_WIDE),
+    "sm_80": {**_MMA_SYNC_WIDE, "statistics_logs": Tile(32, 32, 8, 1, "with 4 warps it spills")},
+    "sm_86": _MMA_SYNC_WIDE,
+    "sm_89": _MMA_SYNC_WIDE,
+    "sm_120": {
+        **_MMA_SYNC_WIDE,
+        "row_lse_logs": Tile(32, 32, 8, 1, "with 4 warps it spills"),
+        "dk": Tile(16, 16, 4, 1, "16x32 and 32x32 spill, with 8 warps too"),
+    },
     "sm_90": {
         "dq": Tile(128, 32, 8, 1, "static 0.281, floor 0.25; 64x64 with 8 warps spills"),
         "dk": Tile(128, 32, 8, 1, "static 0.599, floor 0.25: all tiles of 64 keys spill"),
+        "dk_scores": Tile(64, 64, 8, 1, "its one product has the keys as rows: 64 for wgmma"),
+        "pooled_sums": Tile(64, 32, 8, 1, "static 0.364, floor 0.25: 64x64, and 4 warps, spill"),
     },
     "sm_100": {"dk_logs": Tile(64, 64, 8, 1, "not turned it spills", turned=True)},
 }
 _WIDE_HALF = Tile(64, 64, 8, 1, "the smallest tile that is wgmma and tcgen05")
-_WIDE = Tile(
-    32, 32, 4, 1, "fp32, whose tiles are twice as large, and wide heads on mma.sync and mfma"
-)
+_WIDE = Tile(32, 32, 4, 1, "wide heads on mma.sync, whose operands are twice as large, and mfma")
+
+# fp32, whose tiles are twice as large as those of half precision, as are the operands' registers.
+_FP32_ASYNCHRONOUS: _Table = {
+    "row_lse": Tile(64, 32, 4, 1, "wgmma and tcgen05 take 64 rows; 64x64 with 8 warps is slower"),
+    "row_delta": Tile(64, 32, 4, 1, "as row_lse"),
+    "head_kl": Tile(64, 32, 4, 1, "as row_lse"),
+    "dq": Tile(64, 32, 4, 1, "64x64 is slower, and spills on sm_100"),
+}
+_FP32_MMA_SYNC_WIDE: _Table = {
+    "row_lse_logs": Tile(16, 32, 4, 1, "32x32 spills"),
+    "map_gradient_logs": Tile(16, 32, 4, 1, "32x32 spills with a map a head"),
+    "head_kl": Tile(16, 16, 4, 1, "16x32 and 32x32 spill"),
+    "dk": Tile(16, 16, 4, 1, "16x32 and 32x32 spill in logs"),
+}
+_FP32_TABLES: dict[str, _Table] = {
+    "sm_90": {
+        **_FP32_ASYNCHRONOUS,
+        "pooled_sums": Tile(64, 32, 8, 1, "64x64, and 4 warps, spill"),
+        "dk": Tile(64, 32, 4, 1, "64x64 spills; its second product is mma.sync"),
+        "dk_scores": Tile(64, 64, 8, 1, "its one product has the keys as rows: 64 for wgmma"),
+    },
+    "sm_100": _FP32_ASYNCHRONOUS,
+}
+_FP32_ASYNCHRONOUS_TILE = Tile(64, 64, 8, 1, "the smallest tile that is wgmma and tcgen05")
+_FP32_MMA_SYNC_TILE = Tile(32, 32, 8, 1, "with 4 warps half of the kernels spill")
+
+
+def _fp32_tables(architecture: str, size: int) -> tuple[_Table, Tile]:
+    """(table, tile of all others) in fp32."""
+    table = _FP32_TABLES.get(architecture, {})
+    if architecture in ("sm_90", "sm_100"):
+        return table, _FP32_ASYNCHRONOUS_TILE
+    if architecture.startswith("sm_"):
+        return (_FP32_MMA_SYNC_WIDE if size > 128 else table), _FP32_MMA_SYNC_TILE
+    return table, _WIDE
 
 
 def tile_for(kernel: str, variant: str, architecture: str, size: int, itemsize: int) -> Tile:
@@ -135,10 +185,10 @@ def tile_for(kernel: str, variant: str, architecture: str, size: int, itemsize: 
     """
     if architecture == "interpreter":
         return _INTERPRETER
-    if itemsize > 2:
-        return _WIDE
     table, other = _TABLES.get(architecture, {}), _OTHER
-    if size > 128:
+    if itemsize > 2:
+        table, other = _fp32_tables(architecture, size)
+    elif size > 128:
         asynchronous = architecture in ("sm_90", "sm_100")
         table, other = _WIDE_TABLES.get(architecture, {}), _WIDE_HALF if asynchronous else _WIDE
     elif size <= 64:
