@@ -8,7 +8,6 @@ processes are one (gloo beneath), and everything above, transformers' and ours, 
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,10 @@ class Gradients(TrainerCallback):
             self.found[name.removeprefix("module.")] = gradient.clone()
 
 
-def step(dtype: torch.dtype, processes: int, **changes: Any) -> tuple[dict[str, Any], Any, Any]:
-    """(gradients, logs, trainer) of one step of eight samples."""
+def step(
+    dtype: torch.dtype, processes: int, folder: Path, **changes: Any
+) -> tuple[dict[str, Any], Any, Any]:
+    """(gradients, logs, trainer) of one step of eight samples; the trainer's files go to ``folder``."""
     student, teacher = (model.to(dtype) for model in worlds.pair())
     items = worlds.items()
     for item in items:
@@ -54,7 +55,7 @@ def step(dtype: torch.dtype, processes: int, **changes: Any) -> tuple[dict[str, 
     trainer = DistillTrainer(
         student,
         DistillConfig(
-            output_dir=tempfile.mkdtemp(),
+            output_dir=str(folder),
             per_device_train_batch_size=8 // processes,
             max_steps=1,
             max_grad_norm=0.0,
@@ -100,7 +101,7 @@ def main(kind: str, dtype: str, path: str) -> None:
             "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": wrap},
             "fused_head": False,
         }
-    gradients, logs, trainer = step(getattr(torch, dtype), 2, **changes)
+    gradients, logs, trainer = step(getattr(torch, dtype), 2, Path(path + ".run"), **changes)
     assert trainer.accelerator.num_processes == 2
     assert trainer.is_fsdp_enabled == (kind == "fsdp")
     sharded = next(

@@ -32,14 +32,18 @@ def no_bar(name: str) -> Iterator[Progress]:
     yield lambda done, total: None
 
 
-def launch(*arguments: str) -> str:
-    """On two CPU processes. ``--multi_gpu`` is accelerate's word for one machine with several processes."""
+def launch(logs: Path, *arguments: str) -> str:
+    """On two CPU processes. ``--multi_gpu`` is accelerate's word for one machine with several processes.
+
+    Without a folder for their logs torch makes one that nobody removes.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--multi_gpu"]
     command += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", str(port), "-m", *arguments]
+    command += ["--dynamo_backend", "no", "--main_process_port", str(port)]
+    command += ["--log_dir", str(logs), "-m", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=600, check=False
@@ -53,9 +57,9 @@ def test_a_step_of_two_processes_is_that_of_one(kind: str, tmp_path: Path) -> No
     """Loss and gradients of 8 samples, 4 on each process; float64 tells a wrong factor from rounding."""
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
         name = str(dtype).removeprefix("torch.")
-        launch("tests.distill.launched", kind, name, str(tmp_path / name))
+        launch(tmp_path / "logs", "tests.distill.launched", kind, name, str(tmp_path / name))
         found = load_file(tmp_path / name)
-        expected, logs, _ = launched.step(dtype, 1)
+        expected, logs, _ = launched.step(dtype, 1, tmp_path / "one")
         gradients = {n: g for n, g in found.items() if not n.startswith("loss")}
         assert difference(gradients, expected) < tolerance
         assert float(found["loss"]) == pytest.approx(logs["loss"], rel=1e-6)
@@ -96,7 +100,7 @@ def test_a_recipe_on_two_processes(tmp_path: Path, recorded_stream: bool) -> Non
         if name == "one":
             run_recipe(load_recipe(recipe), say=lambda _: None)
         else:
-            said = launch("fastalign", "distill", str(recipe))
+            said = launch(tmp_path / "logs", "fastalign", "distill", str(recipe))
             assert said.count("the student is in") == 1  # one process speaks
         run = tmp_path / name / "run"
         assert not list(run.glob("**/.saving"))
