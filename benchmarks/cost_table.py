@@ -1,6 +1,7 @@
 """What attention alignment costs: step time and peak memory beside logit distillation, on a CPU.
 
-    python -m benchmarks.cost_table --visual 576 1152 2304 --csv evidence/cost/cost.csv
+    python -m benchmarks.cost_table --visual 576 1152 2304
+    python -m benchmarks.cost_table --visual 4608 8192 --rounds 1 --limit-gib 12
     python -m benchmarks.cost_table --table evidence/cost
 
 A step is the teacher's forward, the student's forward and backward with LM + logit KD at the answer.
@@ -218,7 +219,8 @@ def table(lines: list[dict[str, str]]) -> str:
         "One CPU thread, float32, batch 1, tiny models of the paper's proportions (teacher 5 layers x 5",
         "heads, student 3 x 4, head size 64), "
         + f"{TEXT} text tokens, {ANSWER} of them the answer.",
-        "Time is CPU seconds a step (median), memory the peak of tensors beyond what was there before.",
+        "Time is CPU seconds a step (median of the rounds, the system's seconds included), memory the peak",
+        "of tensors beyond what was there before.",
         "`eager` and `fastalign` compute the released code's objective, `paper` the paper's.",
         "",
         _row("visual tokens", *(f"{m}, s" for m in METHODS), *(f"{m}, MiB" for m in METHODS)),
@@ -229,8 +231,18 @@ def table(lines: list[dict[str, str]]) -> str:
         cells = [_relative(methods, "cpu_s", m) for m in METHODS]
         cells += [_relative(methods, "peak_mib", m) for m in METHODS]
         out.append(_row(f"{visual:,}", *cells))
+        rounds = {m["rounds"] for m in methods.values()}
+        if rounds == {"1"}:
+            notes.append(f"{visual:,}: one step of each method after one that warms up, no median.")
         notes += [f"{visual:,}, {m['method']}: {m['note']}." for m in methods.values() if m["note"]]
-    out += ["", "In brackets: relative to kd.", *notes, "", *arithmetic()]
+    out += [
+        "",
+        "In brackets: relative to kd.",
+        *([""] if notes else []),
+        *(f"* {n}" for n in notes),
+        "",
+        *arithmetic(),
+    ]
     return "\n".join(out) + "\n"
 
 
