@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,16 @@ TEACHER = "#555555"
 
 
 def heat_figure(grids: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> Figure:
-    """Cosine of every student layer (rows) with every teacher layer (columns), a panel a student."""
+    """Cosine of every student layer (rows) with every teacher layer (columns), a panel a student.
+
+    Colours run from the tenth below the least value to 1: cosines of attention are seldom near 0, and a
+    scale that begins there shows little else.
+    """
     from matplotlib.figure import Figure
 
+    known = [v for grid in grids.values() for row in grid.values() for v in row.values()]
+    low = math.floor(10 * min((v for v in known if v is not None), default=0.0)) / 10
+    low = min(low, 0.9)
     figure = Figure(figsize=(1.2 + 3.2 * len(grids), 3.4), layout="constrained")
     axes = figure.subplots(1, len(grids), squeeze=False)[0]
     image: Any = None
@@ -26,7 +34,7 @@ def heat_figure(grids: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -
         rows = sorted(grid, key=int)
         columns = sorted(grid[rows[0]], key=int)
         values = np.array([[_number(grid[i][j]) for j in columns] for i in rows])
-        image = axis.imshow(values, vmin=0, vmax=1, cmap="viridis", origin="lower", aspect="auto")
+        image = axis.imshow(values, vmin=low, vmax=1, cmap="viridis", origin="lower", aspect="auto")
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("teacher layer")
         axis.set_ylabel("student layer")
@@ -34,7 +42,7 @@ def heat_figure(grids: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -
         _layer_ticks(axis.set_yticks, rows)
         if values.size <= 100:
             for (i, j), value in np.ndenumerate(values):
-                shade = "white" if value < 0.6 else "black"
+                shade = "white" if value < low + 0.6 * (1 - low) else "black"
                 axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade)
     figure.colorbar(image, ax=axes, label="cosine, answer rows, visual columns", shrink=0.9)
     return figure
@@ -44,7 +52,8 @@ def pairs_figure(pairs: Mapping[str, Any]) -> Figure:
     """Each metric over student layers; line: visual columns, dashes: text columns (control)."""
     from matplotlib.figure import Figure
 
-    metrics, rows = ("cosine", "kl", "js"), ("visual", "question", "answer")
+    metrics = {"cosine": "cosine", "kl": "KL (nats)", "js": "JS (nats)"}
+    rows = ("visual", "question", "answer")
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     grid = figure.subplots(len(metrics), len(rows), sharex=True, sharey="row")
     for number, (name, layers) in enumerate(pairs.items()):
@@ -57,8 +66,8 @@ def pairs_figure(pairs: Mapping[str, Any]) -> Figure:
                     axis.plot(
                         x, y, style, color=COLOURS[number % len(COLOURS)], label=label, markersize=4
                     )
-    for axes, metric in zip(grid, metrics, strict=True):
-        axes[0].set_ylabel(metric)
+    for axes, label in zip(grid, metrics.values(), strict=True):
+        axes[0].set_ylabel(label)
     for axis, row in zip(grid[0], rows, strict=True):
         axis.set_title(f"{row} rows", fontsize=10)
     for axis in grid[-1]:
@@ -86,28 +95,37 @@ def looks_figure(looks: Mapping[str, Any], row: str = "answer") -> Figure:
         for axis, what in zip(grid, titles, strict=True):
             y = [_number(layers[i][row][what]) for i in layers]
             axis.plot(x, y, "o-", color=colour, label=name, markersize=4)
+    for what, axis in zip(titles, grid, strict=True):
+        if what != "entropy":  # shares are read from 0; entropies differ far above it
+            axis.set_ylim(0, 1.08 * axis.dataLim.ymax or 1.0)
     for axis, title in zip(grid, titles.values(), strict=True):
-        axis.set_title(f"{title}, {row} rows", fontsize=9)
-        axis.set_xlabel("layer")
-        axis.set_ylim(bottom=0)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel(f"layer ({row} rows)")
         axis.xaxis.get_major_locator().set_params(integer=True)
     _finish(figure, grid)
     return figure
 
 
 def bins_figure(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Accuracy by similarity: equally many samples a bin, bars from its least to its most alike."""
+    """Accuracy by similarity: equally many samples a bin.
+
+    Bars: from the bin's least to its most alike; up and down one binomial standard error.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axis = figure.subplots()
     for number, (name, found) in enumerate(bins.items()):
         middle = np.array([(b["low"] + b["high"]) / 2 for b in found])
+        accuracy = [b["accuracy"] for b in found]
         half = np.array([(b["high"] - b["low"]) / 2 for b in found])
         axis.errorbar(
             middle,
-            [b["accuracy"] for b in found],
+            accuracy,
             xerr=half,
+            yerr=[
+                (a * (1 - a) / b["samples"]) ** 0.5 for a, b in zip(accuracy, found, strict=True)
+            ],
             fmt="o-",
             color=COLOURS[number % len(COLOURS)],
             label=name,

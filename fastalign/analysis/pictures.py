@@ -75,7 +75,11 @@ def _heat(share: NDArray[np.floating], channel: int) -> NDArray[np.floating]:
 
 
 def attention_figure(examples: Sequence[Example], *, caption: str = "") -> Figure:
-    """One row per example: the image, then every model's attention over it."""
+    """One row per example: the image, then every model's attention over it.
+
+    Every map is coloured up to its own largest weight, so its title says how large that is: the share of
+    the attention to the image that goes to this one token.
+    """
     from matplotlib.figure import Figure
 
     columns = 1 + max(len(example.looks) for example in examples)
@@ -88,11 +92,16 @@ def attention_figure(examples: Sequence[Example], *, caption: str = "") -> Figur
         axes[0].set_title(_wrapped(example.question), fontsize=9)
         for axis, look in zip(axes[1:], example.looks, strict=False):
             axis.imshow(overlay(example.image, look.weights))
-            cosine = "" if look.cosine is None else f"\ncosine {look.cosine:.3f}"
-            axis.set_title(look.title + cosine, fontsize=9)
+            cosine = "" if look.cosine is None else f"cosine {look.cosine:.3f}, "
+            axis.set_title(f"{look.title}\n{cosine}peak {_peak(look.weights):.0%}", fontsize=9)
     if caption:
         figure.suptitle(caption, fontsize=9)
     return figure
+
+
+def _peak(weights: NDArray[np.floating]) -> float:
+    total = float(weights.sum())
+    return float(weights.max()) / total if total > 0 else 0.0
 
 
 def curves_figure(curves: Mapping[str, Sequence[float]], *, x: Sequence[float]) -> Figure:

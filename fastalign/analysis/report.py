@@ -46,8 +46,9 @@ def write_report(
     if examples:
         page.heading("Examples")
         page.note(
-            "Attention to the image while answering: mean of heads, answer rows and matched layers. The "
-            "cosine is the mean over these layers and rows."
+            "Attention to the image while answering: mean of heads, answer rows and matched layers. Each "
+            "map is coloured up to its own largest weight; peak is what share of the attention to the "
+            f"image that one token has{_even(examples)}. The cosine is the mean over these layers and rows."
         )
         picture(
             "examples",
@@ -64,7 +65,8 @@ def write_report(
     page.heading("Matched layers")
     page.note(
         "Cosine of joint maps; KL(teacher, student) and Jensen-Shannon in nats of the distributions over "
-        "the columns. Text columns are a control: similarity there is no similarity of looking."
+        "the columns. Text columns are a control: similarity there is no similarity of looking, "
+        "and visual rows often see one text token only, which is alike by itself."
     )
     picture(
         "pairs",
@@ -83,7 +85,8 @@ def write_report(
     )
     page.heading("Accuracy by similarity")
     page.note(
-        "Samples in bins of equal size, least alike first. A slope is no proof that similarity makes the "
+        "Samples in bins of equal size, least alike first; bars span a bin's similarities and one "
+        "standard error of its accuracy. A slope is no proof that similarity makes the "
         "accuracy: easy samples may be both."
     )
     picture(
@@ -112,6 +115,11 @@ def write_report(
         os.replace(part, folder / name)
         written.append(folder / name)
     return written
+
+
+def _even(examples: Sequence[Example]) -> str:
+    sizes = {look.weights.size for example in examples for look in example.looks}
+    return f" ({1 / sizes.pop():.1%} if all had the same)" if len(sizes) == 1 else ""
 
 
 def _cosine(found: Mapping[str, Any], name: str) -> float | None:

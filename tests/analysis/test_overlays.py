@@ -43,7 +43,12 @@ def test_heat_and_cosine_are_those_of_the_materialised_maps(models: dict[str, An
     assert found.looks[0].cosine is None
     assert found.looks[1].cosine == pytest.approx(float(cosine), abs=1e-5)
     titles = [axis.get_title() for axis in attention_figure([found]).axes]
-    assert titles == ["where?", "teacher", f"student\ncosine {cosine:.3f}"]
+    peaks = [f"peak {float(m.mean(0).max() / m.mean(0).sum()):.0%}" for m in cut]
+    assert titles == [
+        "where?",
+        f"teacher\n{peaks[0]}",
+        f"student\ncosine {cosine:.3f}, {peaks[1]}",
+    ]
 
 
 def test_without_a_teacher_there_is_no_cosine(models: dict[str, Any]) -> None:
