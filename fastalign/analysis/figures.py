@@ -97,7 +97,8 @@ def looks_figure(looks: Mapping[str, Any], row: str = "answer") -> Figure:
             axis.plot(x, y, "o-", color=colour, label=name, markersize=4)
     for what, axis in zip(titles, grid, strict=True):
         if what != "entropy":  # shares are read from 0; entropies differ far above it
-            axis.set_ylim(0, 1.08 * axis.dataLim.ymax or 1.0)
+            axis.margins(y=0.1)
+            axis.set_ylim(bottom=0)
     for axis, title in zip(grid, titles.values(), strict=True):
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(f"layer ({row} rows)")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fastalign.analysis.figures import bins_figure, heat_figure, looks_figure, pairs_figure
 from fastalign.analysis.pictures import (
     Example,
     Look,
@@ -54,3 +56,33 @@ def test_figures_are_written(tmp_path: Path) -> None:
         with Image.open(path) as image:
             assert min(image.size) > 200
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["curves.png", "looks.png"]
+
+
+def test_figures_of_data_without_any_image() -> None:
+    """Similarities and shares of sinks are None then, and there are no bins."""
+    nothing = {"cosine": None, "kl": None, "js": None}
+    columns = {"visual": nothing, "text": {"cosine": 0.5, "kl": 0.1, "js": 0.1}}
+    rows = dict.fromkeys(("visual", "question", "answer"), columns)
+    looks = {"mass": 0.0, "entropy": None, "sink_share": None}
+    layers = {"teacher": {"0": {"answer": looks}}, "student": {"0": {"answer": looks}}}
+    figures = {
+        "heat": heat_figure({"student": {"0": {"0": None}}}),
+        "pairs": pairs_figure({"student": {"0": rows}}),
+        "looks": looks_figure(layers),
+        "bins": bins_figure({"student": []}),
+    }
+    for name, figure in figures.items():
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+        with Image.open(file) as image:
+            assert min(image.size) > 200, name
+
+
+def test_colours_of_cosines_begin_below_the_least() -> None:
+    grid = {"student": {"0": {"0": 0.98, "1": 0.57}, "1": {"0": None, "1": 0.75}}}
+    image = heat_figure(grid).axes[0].get_images()[0]
+    assert image.get_clim() == (0.5, 1.0)
+    assert heat_figure({"student": {"0": {"0": 1.0}}}).axes[0].get_images()[0].get_clim() == (
+        0.9,
+        1.0,
+    )
