@@ -30,7 +30,7 @@ class Tile:
 
 _INTERPRETER = Tile(16, 16, 4, 1, "small: several tiles at sizes that an interpreter can run")
 
-# A row is looked up as kernel_variant (logs, scores), then as kernel. Where ``why`` gives figures they are
+# A row is looked up as kernel_variant_each (a map a head), kernel_variant (logs, scores), kernel. Where ``why`` gives figures they are
 # clocks per score element at head_dim 128 in bf16, beside the floor, without stack or spills.
 _Table = dict[str, Tile]
 _SM_80: _Table = {
@@ -134,7 +134,10 @@ _WIDE_TABLES: dict[str, _Table] = {
         "dk_scores": Tile(64, 64, 8, 1, "its one product has the keys as rows: 64 for wgmma"),
         "pooled_sums": Tile(64, 32, 8, 1, "static 0.364, floor 0.25: 64x64, and 4 warps, spill"),
     },
-    "sm_100": {"dk_logs": Tile(64, 64, 8, 1, "not turned it spills", turned=True)},
+    "sm_100": {
+        "dk_logs": Tile(32, 64, 4, 1, "static 0.177, floor 0.125: wider ones spill", turned=True),
+        "dk_logs_each": Tile(32, 64, 8, 1, "with 4 warps it spills", turned=True),
+    },
 }
 _WIDE_HALF = Tile(64, 64, 8, 1, "the smallest tile that is wgmma and tcgen05")
 _WIDE = Tile(32, 32, 4, 1, "wide heads on mma.sync, whose operands are twice as large, and mfma")
@@ -175,13 +178,15 @@ def _fp32_tables(architecture: str, size: int) -> tuple[_Table, Tile]:
     return table, _WIDE
 
 
-def tile_for(kernel: str, variant: str, architecture: str, size: int, itemsize: int) -> Tile:
+def tile_for(
+    kernel: str, variant: str, architecture: str, size: int, itemsize: int, each: bool = False
+) -> Tile:
     """The tile of a kernel.
 
     Args:
         kernel: its name in the tables. variant: "logs", "scores" or "": what the maps hold.
         architecture: as ``launch.architecture``. size: the larger head size of the two sides.
-        itemsize: bytes of an element of q.
+        itemsize: bytes of an element of q. each: one map a head.
     """
     if architecture == "interpreter":
         return _INTERPRETER
@@ -193,4 +198,7 @@ def tile_for(kernel: str, variant: str, architecture: str, size: int, itemsize: 
         table, other = _WIDE_TABLES.get(architecture, {}), _WIDE_HALF if asynchronous else _WIDE
     elif size <= 64:
         table = {**table, **_NARROW_TABLES.get(architecture, {})}
-    return table.get(f"{kernel}_{variant}") or table.get(kernel, other)
+    names: tuple[str, ...] = (f"{kernel}_{variant}", kernel)
+    if each:
+        names = (f"{kernel}_{variant}_each", *names)
+    return next((table[name] for name in names if name in table), other)

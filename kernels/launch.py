@@ -129,7 +129,8 @@ class Call:
     def tile(self, kernel: str, size: int) -> Tile:
         """The configuration of a kernel for head size ``size``."""
         variant = "logs" if self.logs else "scores" if self.scores else ""
-        return tile_for(kernel, variant, architecture(self.device), size, self.dtype.itemsize)
+        target, each = architecture(self.device), self.heads == "each"
+        return tile_for(kernel, variant, target, size, self.dtype.itemsize, each)
 
     def multiprocessors(self) -> int:
         """How many programs run at once, about; what splitting few rows aims at."""
