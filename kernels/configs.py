@@ -30,8 +30,9 @@ class Tile:
 
 _INTERPRETER = Tile(16, 16, 4, 1, "small: several tiles at sizes that an interpreter can run")
 
-# A row is looked up as kernel_variant_each (a map a head), kernel_variant (logs, scores), kernel. Where ``why`` gives figures they are
-# clocks per score element at head_dim 128 in bf16, beside the floor, without stack or spills.
+# A row is looked up as kernel_variant_each (a map a head), kernel_variant (logs, scores), kernel. Where
+# ``why`` gives figures they are clocks per score element at head_dim 128 (in wide tables 256) in bf16,
+# beside the floor, without stack or spills.
 _Table = dict[str, Tile]
 _SM_80: _Table = {
     "row_lse": Tile(128, 64, 4, 2, "static 0.135, floor 0.125; 64x64 with 8 warps 0.186"),
@@ -135,7 +136,7 @@ _WIDE_TABLES: dict[str, _Table] = {
         "pooled_sums": Tile(64, 32, 8, 1, "static 0.364, floor 0.25: 64x64, and 4 warps, spill"),
     },
     "sm_100": {
-        "dk_logs": Tile(32, 64, 4, 1, "static 0.177, floor 0.125: wider ones spill", turned=True),
+        "dk_logs": Tile(32, 64, 4, 1, "static 0.177, floor 0.125: wider tiles spill", turned=True),
         "dk_logs_each": Tile(32, 64, 8, 1, "with 4 warps it spills", turned=True),
     },
 }
