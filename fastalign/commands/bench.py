@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,13 @@ def bench(
         bool, typer.Option(help="Take the resident set too (a process for each figure).")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write every row to this CSV.")] = None,
+    rehearse: Annotated[
+        bool,
+        typer.Option(
+            help="Without a GPU: run what a GPU run would measure on small shapes, untimed; needs "
+            "TRITON_INTERPRET=1 in the environment."
+        ),
+    ] = False,
     listed: Annotated[
         bool, typer.Option("--list", help="List shapes and providers, measure nothing.")
     ] = False,
@@ -58,6 +66,9 @@ def bench(
     known = {name for kind in kinds for name in modes.MODES[kind].providers}
     _check("--provider", provider or (), sorted(known))
     _check("--device", (device,), ["cpu", "cuda"])
+    if rehearse:
+        _rehearse(tuple(provider or ()), kinds)
+        return
     options = suite.Options(
         shapes=tuple(shape or shapes.REQUIRED),
         providers=tuple(provider or ()),
@@ -75,6 +86,31 @@ def bench(
     for name, who, why in outcome.red:
         typer.echo(f"RED: {name} {who}: {why}; no figure", err=True)
     if outcome.red:
+        raise typer.Exit(1)
+
+
+def _rehearse(providers: tuple[str, ...], kinds: tuple[str, ...]) -> None:
+    """Print a line for each provider; exit code 1 if one is wrong."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        typer.echo(
+            f"--rehearse with TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET')!r}; it must be 1, so "
+            "that the Triton kernels run in the interpreter",
+            err=True,
+        )
+        raise typer.Exit(2)
+    verdicts = _suite("rehearsal").rehearse(
+        providers, kinds, lambda line: typer.echo(line, err=True)
+    )
+    table = Table(pad_edge=False, caption="correctness on a CPU; nothing was timed")
+    for name in ("shape", "mode", "provider", "outcome"):
+        table.add_column(name)
+    for v in verdicts:
+        outcome = (
+            f"RED: {v.wrong}" if v.wrong else f"left out: {v.left_out}" if v.left_out else "right"
+        )
+        table.add_row(v.shape, v.mode, v.provider, outcome)
+    Console().print(table)
+    if any(v.wrong for v in verdicts):
         raise typer.Exit(1)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import page, plot, providers, table
+from benchmarks import page, plot, providers, rehearsal, table
 from benchmarks.alignment import Options, run
 from benchmarks.case import Case
 from benchmarks.clock import CudaClock, rounds, spread
@@ -242,3 +242,44 @@ def test_the_fit_finds_a_line() -> None:
     a, b = line(work, [3 + 0.5 * w for w in work])
     assert (a, b) == pytest.approx((3, 0.5))
     assert exponent(work, [2 * w**1.5 for w in work]) == pytest.approx(1.5)
+
+
+def test_a_rehearsal_runs_the_gpu_path_in_the_interpreter() -> None:
+    """In a process of its own; the Triton kernels are right, and nothing is timed."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "fastalign", "bench", "--rehearse"]
+    names = ["--provider", "triton", "--provider", "eager_rows", "--provider", "cpu"]
+    done = subprocess.run(
+        [*command, *names],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = done.stdout.replace("│", " ").splitlines()
+    lines = [line.split() for line in table if "fwd+bwd" in line]
+    got = {(line[0], line[2], line[3]) for line in lines}
+    assert {provider for _, provider, _ in got} == {"triton", "eager_rows"}  # not the CPU's own
+    assert all(outcome == "right" for _, _, outcome in got)
+    assert len(got) == 6
+    assert "ms" not in done.stdout.split()
+
+
+def test_a_rehearsal_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    result = runner.invoke(build_app(), ["bench", "--rehearse"])
+    assert result.exit_code == 2
+    assert "TRITON_INTERPRET" in result.output
+
+
+def test_a_rehearsal_tells_a_wrong_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = MODES["fwd+bwd"].providers["eager_rows"]
+    broken = {"broken": lambda case: lambda: tuple(2 * x for x in right(case)())}
+    known = {**MODES["fwd+bwd"].providers, **broken}
+    mode = replace(MODES["fwd+bwd"], providers=known)
+    monkeypatch.setitem(rehearsal.MODES, "fwd+bwd", mode)  # type: ignore[index]
+    verdicts = rehearsal.rehearse(("broken",), ("fwd+bwd",), lambda line: None)
+    assert len(verdicts) == 3
+    assert all("error" in v.wrong for v in verdicts)
