@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +39,9 @@ class Case:
 
     Attributes:
         head_dim: of both sides. dtype: of q and k. heads_s, heads_t: query heads; repeat: query heads
-            per key head. spec: the objective.
+            per key head. spec: the objective. rows: compared rows, the last ones; 0: all. pitch: elements
+            from one row of q and k to the next; 0: as a projection leaves them. given: further arguments
+            of the call.
     """
 
     head_dim: int = 128
@@ -48,6 +50,9 @@ class Case:
     heads_t: int = 20
     repeat: int = 4
     spec: AlignSpec = field(default_factory=AlignSpec)
+    rows: int = 0
+    pitch: int = 0
+    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
@@ -69,20 +74,28 @@ def record(case: Case, target: str) -> list[Launch]:
 
     fp32 products are recorded as tf32: "ieee" ones are no matter of the matrix unit.
     """
-    shape = (1, LENGTH, case.head_dim)
+    size = case.head_dim
+    rows = case.rows or LENGTH
 
-    def random(heads: int) -> torch.Tensor:
-        # [B, L, H, D] transposed, as a projection leaves it
-        return torch.zeros(1, LENGTH, heads, shape[2], dtype=case.dtype).transpose(1, 2)
+    def tensor(heads: int, length: int) -> torch.Tensor:
+        # [B, L, H, D] transposed, as a projection leaves it; nobody looks at the numbers, so that the
+        # memory of a wide pitch is reserved and never touched
+        pitch = case.pitch or heads * size
+        x = torch.empty((length - 1) * pitch + heads * size, dtype=case.dtype)
+        return x.as_strided((1, heads, length, size), (x.numel(), size, pitch, 1))
 
     visual = torch.zeros(1, LENGTH, dtype=torch.bool)
     visual[:, 35 : 35 + VISUAL] = True
+    given = {**dict.fromkeys(_NAMES), **case.given}
+    if case.rows:
+        given["query_positions"] = torch.arange(LENGTH - rows, LENGTH)[None]
+    if given["target"] is None:
+        given["q_t"] = tensor(case.heads_t, rows)
+        given["k_t"] = tensor(case.heads_t // case.repeat, LENGTH)
     problem = build_problem(
-        **dict.fromkeys(_NAMES),
-        q_s=random(case.heads_s),
-        k_s=random(case.heads_s // case.repeat),
-        q_t=random(case.heads_t),
-        k_t=random(case.heads_t // case.repeat),
+        **given,
+        q_s=tensor(case.heads_s, rows),
+        k_s=tensor(case.heads_s // case.repeat, LENGTH),
         visual_mask=visual,
         spec=case.spec,
     )
@@ -98,7 +111,18 @@ def record(case: Case, target: str) -> list[Launch]:
 
 
 _NAMES = [
-    *("query_mask", "attention_mask", "causal", "scale_s", "scale_t", "lse_s", "lse_t", "target"),
+    *(
+        "q_t",
+        "k_t",
+        "query_mask",
+        "attention_mask",
+        "causal",
+        "scale_s",
+        "scale_t",
+        "lse_s",
+        "lse_t",
+        "target",
+    ),
     *("target_index", "mix", "row_weight", "query_positions", "segment_ids", "block_ids"),
     *("window", "chunk", "softcap_s", "softcap_t", "sink_s", "sink_t"),
 ]

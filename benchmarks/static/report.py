@@ -18,7 +18,7 @@ from .bound import Bound, bound_of, floor_of
 from .compiling import TARGETS, Compiled, Target, compile_launch
 from .flash import _flash
 from .jobs import WORK, job_of, pairs_of
-from .record import LENGTH, Case, Launch, record
+from .record import LENGTH, VISUAL, Case, Launch, record
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -33,6 +33,33 @@ VARIANTS = {
     "head mean, in logs": AlignSpec(divergence="js", compare="row"),
     "renormalised": AlignSpec(normalize="visual", divergence="kl", compare="row"),
     "scores": AlignSpec(normalize="none", divergence="mse"),
+}
+#: Further branches, compiled with ``--variants`` at one head size and dtype: arguments of ``Case``.
+BRANCHES_AT = (128, "bf16")
+_EVEN = torch.arange(LENGTH)[None] % 2
+BRANCHES: dict[str, dict[str, Any]] = {
+    "few rows": {"rows": 16},
+    "few rows, pooled": {"rows": 16, "spec": AlignSpec(compare="pooled", divergence="kl")},
+    "64-bit offsets": {"pitch": 2**31 // LENGTH // 16 * 16 + 4096},
+    "scattered blocks": {"given": {"block_ids": _EVEN, "window": 512}},
+    "scattered blocks, in logs": {
+        "given": {"block_ids": _EVEN, "window": 512},
+        "spec": AlignSpec(divergence="js", compare="row"),
+    },
+    "softcap": {"given": {"softcap_s": 50.0, "softcap_t": 50.0}},
+    "softcap, head kl": {
+        "given": {"softcap_s": 50.0, "softcap_t": 50.0},
+        "spec": AlignSpec(heads="each", divergence="kl", compare="row"),
+        "heads_t": 16,
+    },
+    "sinks, head kl": {
+        "given": {"sink_s": torch.zeros(16), "sink_t": torch.zeros(16)},
+        "spec": AlignSpec(heads="each", divergence="kl", compare="row"),
+        "heads_t": 16,
+    },
+    "sink filter": {"spec": AlignSpec(sink_sigma=3.0)},
+    "mix": {"given": {"mix": torch.zeros(16, 20)}, "spec": AlignSpec(heads="mix")},
+    "given map": {"given": {"target": torch.zeros(1, 1, LENGTH, VISUAL)}},
 }
 #: Tiles of the yardstick, from the tutorial's own list of configurations.
 YARDSTICKS = (
@@ -123,9 +150,7 @@ def launches(
 ) -> Iterator[tuple[str, Launch]]:
     """(objective, launch) of every distinct launch of every objective on a target."""
     seen = set()
-    for objective, spec in {**OBJECTIVES, **(VARIANTS if variants else {})}.items():
-        heads_t = 16 if spec.heads == "each" else 20
-        case = Case(head_dim, DTYPES[dtype], 16, heads_t, 4, spec)
+    for objective, case in _cases(head_dim, dtype, variants):
         for launch in record(case, target):
             constants = tuple(
                 (p.name, launch.arguments[p.name]) for p in launch.kernel.params if p.is_constexpr
@@ -136,6 +161,15 @@ def launches(
                 yield objective, launch
     for tile in YARDSTICKS:
         yield "yardstick", flash_launch(head_dim, DTYPES[dtype], tile)
+
+
+def _cases(head_dim: int, dtype: str, variants: bool) -> Iterator[tuple[str, Case]]:
+    for objective, spec in {**OBJECTIVES, **(VARIANTS if variants else {})}.items():
+        heads_t = 16 if spec.heads == "each" else 20
+        yield objective, Case(head_dim, DTYPES[dtype], 16, heads_t, 4, spec)
+    if variants and (head_dim, dtype) == BRANCHES_AT:
+        for objective, arguments in BRANCHES.items():
+            yield objective, Case(head_dim, DTYPES[dtype], **arguments)
 
 
 def flash_launch(head_dim: int, dtype: torch.dtype, tile: Tile) -> Launch:
@@ -168,7 +202,7 @@ def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype:
     except (CompilationError, PTXASError, RuntimeError) as error:
         reason = f"does not compile: {str(error).strip().splitlines()[-1]}"
         return replace(row, problems=(reason,))
-    bound = _bound(launch, compiled)
+    bound = None if objective in BRANCHES else _bound(launch, compiled)  # jobs know no branches
     products = len(re.findall(rf"\b(?:{target.tensor_core})\S*", compiled.code))
     ex2 = r"MUFU\.EX2" if target.backend == "cuda" else r"v_exp_f32"
     row = replace(

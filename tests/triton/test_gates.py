@@ -17,7 +17,17 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from benchmarks.static.bound import Job, bound_of
 from benchmarks.static.compiling import Compiled
-from benchmarks.static.report import TARGETS, Row, failures, launches, row_of, sums
+from benchmarks.static.record import Launch
+from benchmarks.static.report import (
+    BRANCHES,
+    BRANCHES_AT,
+    TARGETS,
+    Row,
+    failures,
+    launches,
+    row_of,
+    sums,
+)
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
@@ -49,6 +59,41 @@ def test_a_missed_gate_is_told(rows: list[Row]) -> None:
     assert any("forward" in message for message in failures(lost))
     spilled = [replace(rows[0], problems=("8 bytes of stack, 2 spills",)), *rows[1:]]
     assert any("8 bytes of stack" in message for message in failures(spilled))
+
+
+@pytest.fixture(scope="module")
+def recorded() -> list[tuple[str, Launch]]:
+    """Every launch that the report compiles for one target, further branches included."""
+    return list(launches("sm_90", *BRANCHES_AT, variants=True))
+
+
+@pytest.mark.parametrize(
+    ("branch", "kernels", "facts"),
+    [
+        ("few rows", {"dq", "row_delta"}, {"SPLIT": True}),
+        ("64-bit offsets", {"row_lse", "statistics", "map_gradient", "dq", "dk"}, {"WIDE": True}),
+        (
+            "scattered blocks",
+            {"row_lse", "statistics", "map_gradient", "dq", "dk"},
+            {"INTERVAL": False, "CAUSAL": True, "WINDOW": True, "BLOCKS": True},
+        ),
+        ("softcap", {"row_lse", "statistics", "map_gradient", "dq", "dk"}, {"CAP_S": True}),
+        ("softcap, head kl", {"head_kl"}, {"CAP_S": True, "CAP_T": True}),
+        ("sinks, head kl", {"head_kl"}, {"SINK_S": True, "SINK_T": True}),
+        ("sink filter", {"map_gradient"}, {"SINK": True}),
+        ("mix", {"statistics", "map_gradient"}, {"HEADS": "mix"}),
+        ("given map", {"statistics", "map_gradient"}, {"TEACHER": "map"}),
+    ],
+)
+def test_a_branch_is_what_its_name_says(
+    branch: str, kernels: set[str], facts: dict[str, object], recorded: list[tuple[str, Launch]]
+) -> None:
+    """Recorded, not compiled: its launches of these kernels have these compile-time facts."""
+    assert branch in BRANCHES
+    for kernel in kernels:
+        found = [x for objective, x in recorded if (objective, x.name) == (branch, kernel)]
+        assert found, kernel
+        assert all(launch.arguments[k] == v for launch in found for k, v in facts.items()), kernel
 
 
 def _program(*lines: str) -> str:
