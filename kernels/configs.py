@@ -150,6 +150,12 @@ _FP32_ASYNCHRONOUS: _Table = {
     "head_kl": Tile(64, 32, 4, 1, "as row_lse"),
     "dq": Tile(64, 32, 4, 1, "64x64 is slower, and spills on sm_100"),
 }
+_FP32_MMA_SYNC: _Table = {
+    "map_gradient": Tile(16, 32, 4, 1, "32x32 spills with a map a head"),
+    "dq": Tile(16, 32, 4, 1, "32x32 spills in logs on sm_120"),
+    "dk": Tile(32, 16, 4, 1, "32x32 and 16x32 spill"),
+    "dk_scores": Tile(16, 32, 4, 1, "static 0.506; 32x16 has 0.67, 32x32 spills"),
+}
 _FP32_MMA_SYNC_WIDE: _Table = {
     "row_lse_logs": Tile(16, 32, 4, 1, "32x32 spills"),
     "map_gradient_logs": Tile(16, 32, 4, 1, "32x32 spills with a map a head"),
@@ -163,7 +169,13 @@ _FP32_TABLES: dict[str, _Table] = {
         "dk": Tile(64, 32, 4, 1, "64x64 spills; its second product is mma.sync"),
         "dk_scores": Tile(64, 64, 8, 1, "its one product has the keys as rows: 64 for wgmma"),
     },
-    "sm_100": _FP32_ASYNCHRONOUS,
+    "sm_100": {
+        **_FP32_ASYNCHRONOUS,
+        "map_gradient": Tile(64, 32, 4, 1, "64x64 spills at head_dim 64"),
+    },
+    "sm_86": _FP32_MMA_SYNC,
+    "sm_89": _FP32_MMA_SYNC,
+    "sm_120": _FP32_MMA_SYNC,
 }
 _FP32_ASYNCHRONOUS_TILE = Tile(64, 64, 8, 1, "the smallest tile that is wgmma and tcgen05")
 _FP32_MMA_SYNC_TILE = Tile(32, 32, 8, 1, "with 4 warps half of the kernels spill")
