@@ -124,11 +124,9 @@ template <typename T> class Engine final : public Session {
   // Elements of attention to keep: half of the budget and what the maps leave of their quarter, less two tiles
   // that are worked in.
   int64_t slab_size() const {
-    int64_t tile = 0, maps = 0;
-    for (const Block& block : blocks_) {
-      tile = std::max({tile, tile_size(call_.student, block), tile_size(call_.teacher, block)});
-      maps += map_size(block, call_.groups);
-    }
+    const int64_t tile = widest_tile({0, static_cast<int64_t>(blocks_.size())});
+    int64_t maps = 0;
+    for (const Block& block : blocks_) maps += map_size(block, call_.groups);
     const int64_t quarter = call_.budget / 4 / int64_t(sizeof(T));
     return std::max(quarter, 2 * quarter + std::max<int64_t>(0, quarter - maps) - 2 * tile);
   }
@@ -318,6 +316,10 @@ template <typename T> class Engine final : public Session {
   void find_masks();
   void sweep(Range sides);
   template <typename Op> void sweep_heads(bool student);
+  // Whether a tile lies in the slab, where the gradient will look for it.
+  bool is_kept(bool student, int64_t block, int64_t head) const {
+    return student && !passes_.empty() && passes_.back().holds(block, head);
+  }
   template <typename Op> Tile<Op> tile_of(bool student, int64_t block, int64_t head, T* else_at);
   template <typename Op, int NV> void head_maps(bool student, int64_t block, Range heads,
                                                 Scratch& scratch, int64_t place);

@@ -180,12 +180,11 @@ void Engine<T>::score_strip(Rows<typename Op::Element> keys, bool student, const
                                      query_factor(from), hidden, s, top);
 }
 
-// A tile's place: in the slab where the gradient will look for it, else where it is worked in.
+// A tile's place: in the slab if it is kept, else where it is worked in.
 template <typename T>
 template <typename Op>
 auto Engine<T>::tile_of(bool student, int64_t index, int64_t head, T* else_at) -> Tile<Op> {
-  const bool kept = student && !passes_.empty() && passes_.back().holds(index, head);
-  return tile<Op>(kept ? attention(passes_.back(), index, head) : else_at, blocks_[index]);
+  return tile<Op>(is_kept(student, index, head) ? attention(passes_.back(), index, head) : else_at, blocks_[index]);
 }
 
 // Some heads of one side for one block of rows: their log-sum-exps, their share of the maps. `place` counts
@@ -224,9 +223,8 @@ void Engine<T>::head_tile(bool student, int64_t index, int64_t h, const Tile<Op>
   const bool known = from.given_lse != nullptr;
   const T hidden = softmax ? -kInfinity<T> : T(0);
   auto* queries = reinterpret_cast<Element*>(scratch.queries.get());
-  const bool kept = student && !passes_.empty() && passes_.back().holds(index, h);
   T* factors = tile.factors;
-  const auto& ranges = kept || (softmax && !known) ? s.all : s.compared;
+  const auto& ranges = is_kept(student, index, h) || (softmax && !known) ? s.all : s.compared;
   const auto keys = key_rows<Op>(student, block.sample, h);
   load_queries<Op>(from, block, h, queries);
   transpose(queries, stride, block.live, size, lanes,
