@@ -7,6 +7,7 @@ GPU is behind any of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 #: What lists and workspaces are padded to: every tile's rows and keys divide it.
 GRAIN = 128
@@ -17,7 +18,8 @@ class Tile:
     """Rows x keys of a program's tile, warps, pipeline stages, and the reason.
 
     turned: dk's tile of scores lies keys x rows, so that the first product leaves dS where the second
-    wants its left operand (tensor memory of tcgen05).
+    wants its left operand (tensor memory of tcgen05). registers: what a thread may take; without a number
+    ptxas aims at many programs side by side and rather spills a few bytes than takes more. NVIDIA only.
     """
 
     rows: int
@@ -26,6 +28,12 @@ class Tile:
     stages: int
     why: str
     turned: bool = False
+    registers: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What triton's compiler is told beside the size: by a launch and by the gates alike."""
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
 _INTERPRETER = Tile(16, 16, 4, 1, "small: several tiles at sizes that an interpreter can run")

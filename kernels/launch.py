@@ -199,7 +199,7 @@ def launch(
         chosen = tuning.tuned(kernel, tile, restore)
         chosen[lambda meta: grid(meta["BR"], meta["BC"])](**arguments, enable_fp_fusion=True)
         return
-    kernel[programs](**sized, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+    kernel[programs](**sized, **tile.options())
 
 
 def _capturing() -> bool:

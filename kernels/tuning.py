@@ -57,7 +57,12 @@ def tuned(kernel: Any, tile: Tile, restore: tuple[str, ...]) -> Any:
         restore: arguments that the kernel reads and writes: put back after each timing.
     """
     configs = [
-        triton.Config({"BR": t.rows, "BC": t.keys}, num_warps=t.warps, num_stages=t.stages)
+        triton.Config(
+            {"BR": t.rows, "BC": t.keys},
+            num_warps=t.warps,
+            num_stages=t.stages,
+            maxnreg=t.registers,
+        )
         for t in candidates(tile)
     ]
     facts = [p.name for p in kernel.params if p.is_constexpr and p.name not in ("BR", "BC")]

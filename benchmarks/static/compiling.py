@@ -108,9 +108,7 @@ def signature_of(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[A
 def compile_launch(launch: Launch, target: Target) -> Compiled:
     """Machine code of a launch for a target."""
     source = ASTSource(launch.kernel, *signature_of(launch))
-    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages}
-    options["enable_fp_fusion"] = True  # as launch.launch says
-    compiled = triton.compile(source, target=target.triton(), options=options)
+    compiled = triton.compile(source, target=target.triton(), options=launch.tile.options())
     smem = compiled.metadata.shared
     if target.backend == "hip":
         return _amd(compiled.asm["amdgcn"], target, smem, launch.tile.warps)

@@ -185,6 +185,7 @@ def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype:
     """Compile a launch and say what came out."""
     tile = launch.tile
     config = f"{tile.rows}x{tile.keys}, {tile.warps} warps, {tile.stages} stages"
+    config += "" if tile.registers is None else f", {tile.registers} registers"
     name = launch.name
     if "INSIDE" in launch.arguments:
         name += "" if launch.arguments["INSIDE"] else " (other keys)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,6 +92,19 @@ def test_unasked_the_table_decides(monkeypatch: pytest.MonkeyPatch, value: str |
     launching.launch(kernel, lambda rows, keys: (rows, keys), {"x": 1}, TILE)
     facts = {"x": 1, "BR": 64, "BC": 64, "num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
     assert kernel.calls == [((64, 64), facts)]
+
+
+def test_a_cap_on_registers_reaches_the_launch_and_the_tuner() -> None:
+    """maxnreg, and nothing where the table has no number: not every backend knows the word."""
+    capped = replace(TILE, registers=255)
+    kernel = _Kernel()
+    launching.launch(kernel, lambda rows, keys: (rows, keys), {}, capped)
+    launching.launch(kernel, lambda rows, keys: (rows, keys), {}, TILE)
+    (_, first), (_, second) = kernel.calls
+    assert first == {**second, "maxnreg": 255}
+    configs = tuning.tuned(dk._dk, capped, ()).configs
+    assert all(config.maxnreg == 255 for config in configs)
+    assert all("maxnreg" not in c.all_kwargs() for c in tuning.tuned(dk._dk, TILE, ()).configs)
 
 
 def test_asked_the_tuner_decides(monkeypatch: pytest.MonkeyPatch) -> None:
