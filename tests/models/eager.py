@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,8 +90,10 @@ def relative_error(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> 
 _recorded: dict[int, Tensor] = {}
 
 
-def recorded(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, dict[int, Tensor]]:
-    """(output, layer -> weights [B, H, L, L] in float64) of the attention that really runs.
+def recorded(
+    model: Any, inputs: Mapping[str, Any], dtype: torch.dtype = torch.float64
+) -> tuple[Any, dict[int, Tensor]]:
+    """(output, layer -> weights [B, H, L, L] in ``dtype``) of the attention that really runs.
 
     The softmax is recomputed from the very q and k of the call and *the mask as it arrives*, so that
     neither the rounding of eager attention nor any description of masks comes in. Differentiable.
@@ -100,7 +103,7 @@ def recorded(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, dict[int, Tens
 
     config = model.config.get_text_config()
     base = config._attn_implementation
-    AttentionInterface.register(f"recorder_{base[0]}", _recorder)
+    AttentionInterface.register(f"recorder_{base[0]}", partial(_recorder, dtype))
     AttentionMaskInterface.register(f"recorder_{base[0]}", ALL_MASK_ATTENTION_FUNCTIONS[base])
     _recorded.clear()
     config._attn_implementation = f"recorder_{base[0]}"
@@ -112,13 +115,19 @@ def recorded(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, dict[int, Tens
 
 
 def _recorder(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    dtype: torch.dtype,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
 ) -> Any:
     import sys
 
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    q, k = query.double(), key.double()
+    q, k = query.to(dtype), key.to(dtype)
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * kwargs["scaling"]
     if kwargs.get("softcap"):
         scores = kwargs["softcap"] * torch.tanh(scores / kwargs["softcap"])
@@ -129,7 +138,7 @@ def _recorder(
         mask = mask == 0
     scores = scores.masked_fill(~mask, -1e30)
     if kwargs.get("s_aux") is not None:
-        sinks = kwargs["s_aux"].detach().double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        sinks = kwargs["s_aux"].detach().to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)

@@ -36,12 +36,16 @@ def test_the_other_half_of_the_matrix(case: Case, left: bool) -> None:
     check(case, left=left, checkpointing=left)
 
 
+@pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_bfloat16(case: Case) -> None:
-    result = matrix.measure_bf16(case, left=True)
+def test_bfloat16(case: Case, left: bool) -> None:
+    """Right padding with checkpointing, where a layer's own gradients are not looked at."""
+    result = matrix.measure_bf16(case, left=left, checkpointing=not left)
     assert result.size > 0.01
     assert result.map < 1e-5
-    assert result.gradient < 2e-2
+    assert result.loss < 1e-3
+    assert result.near < 1e-2
+    assert result.gradient < 3e-2
 
 
 def test_every_family_has_a_case_and_the_table_shows_every_case() -> None:
@@ -52,13 +56,14 @@ def test_every_family_has_a_case_and_the_table_shows_every_case() -> None:
     assert covered | twins == set(FAMILIES) - ours
     assert len(CASES) >= 24
     lines = [line.split(" | ") for line in matrix.TABLE.read_text().splitlines()]
-    table = {cells[0][2:]: cells for cells in lines if len(cells) == 9 and "e-" in cells[3]}
+    table = {cells[0][2:]: cells for cells in lines if len(cells) == 11 and "e-" in cells[3]}
     assert list(table) == NAMES
     for cells in table.values():
-        found_map, loss, gradient, saved, half_map = map(float, cells[3:8])
+        found_map, loss, gradient, saved = map(float, cells[3:7])
+        half_map, half_loss, near, whole = (float(cell.rstrip(" |")) for cell in cells[7:])
         assert max(found_map, half_map) < 1e-5
         assert max(loss, gradient, saved) < 1e-4
-        assert float(cells[8].rstrip(" |")) < 2e-2
+        assert half_loss < 1e-3 and 0 < near < 1e-2 and whole < 3e-2
 
 
 def test_a_missing_output_of_the_processor_is_refused() -> None:
