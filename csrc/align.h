@@ -9,7 +9,7 @@
 //     fa_maps                  queries and keys -> log-sum-exps, compared maps, and of these what needs no
 //                              threshold: the rows' moments (sink filter) or statistics (no filter)
 //     fa_statistics, fa_pool   filtered maps -> statistics of rows; maps -> sums over rows
-//     fa_gradients             maps and coefficients -> dq, dk, dmix
+//     fa_gradients             maps and coefficients -> dq, dk, dmix, and what the sinks need
 //
 // Between the phases Python turns the numbers into the loss, the thresholds of the sink filter and the
 // coefficients of the gradient, with the functions that every backend shares.
@@ -17,7 +17,7 @@
 
 #include <cstdint>
 
-#define FASTALIGN_ABI 2
+#define FASTALIGN_ABI 3
 
 extern "C" {
 
@@ -25,7 +25,7 @@ enum FaDtype { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
 enum FaHeads { kMean = 0, kEach = 1, kMix = 2 };
 enum FaNormalize { kJoint = 0, kVisual = 1, kVisualPerHead = 2, kScores = 3 };
 enum FaDivergence { kCosine = 0, kKl = 1, kReverseKl = 2, kJs = 3, kMse = 4 };
-enum FaWanted { kWantQ = 1, kWantK = 2, kWantMix = 4 };
+enum FaWanted { kWantQ = 1, kWantK = 2, kWantMix = 4, kWantSink = 8 };
 
 // A strided input of four dimensions.
 struct FaTensor {
@@ -69,6 +69,7 @@ struct FaCall {
   void* d_q;                    // real [B, heads, R, size], written
   void* d_k;                    // real [B, key_heads, L, size], written
   void* d_mix;                  // real [heads, G], added to
+  void* delta;                  // real [B, heads, R], sum_V X of each row, added to; null: not kWantSink
 };
 
 // What fa_gradients needs beside the maps; real, null where it does not apply.

@@ -49,7 +49,11 @@ void Engine<T>::enter_head(const Pass& pass, bool resident, int64_t index, int64
   const T* gradient = entry_gradients(index, head, scratch);
   if (keeps_exponentials(from)) plain_delta<Op, NV>(index, tile, gradient, delta);
   else entry_terms<Op, NV>(index, head, tile, gradient, scratch.column.get(), delta);
-  for (int v = 0; v < NV; ++v) store(scratch.delta.get() + place * 3 * W + v * W, delta[v]);
+  T* sums = scratch.delta.get() + place * 3 * W;
+  for (int v = 0; v < NV; ++v) store(sums + v * W, delta[v]);
+  if (!call_.delta) return;
+  T* out = static_cast<T*>(call_.delta) + (s.b * from.heads + head) * call_.rows;
+  for (int64_t i = 0; i < block.live; ++i) out[s.row[block.first + i]] += sums[i];
 }
 
 template <typename T>

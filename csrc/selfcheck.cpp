@@ -108,7 +108,7 @@ template <typename Real> class Problem {
 
   // Everything that one choice of threads and workspace gives, or nothing if a call fails.
   std::vector<Real> run(int64_t threads, int64_t budget) {
-    for (auto* x : {&lse_s_, &lse_t_, &statistics_, &entries_, &pool_, &moments_, &d_mix_})
+    for (auto* x : {&lse_s_, &lse_t_, &statistics_, &entries_, &pool_, &moments_, &d_mix_, &delta_})
       std::fill(x->begin(), x->end(), Real(0));
     for (auto* x : {&d_q_, &d_k_})  // written everywhere, also where nothing is compared
       std::fill(x->begin(), x->end(), std::numeric_limits<Real>::quiet_NaN());
@@ -120,7 +120,7 @@ template <typename Real> class Problem {
     const bool done = phases(session, chunks);
     fa_close(session);
     std::vector<Real> out;
-    for (auto* x : {&statistics_, &entries_, &pool_, &moments_, &d_q_, &d_k_, &d_mix_})
+    for (auto* x : {&statistics_, &entries_, &pool_, &moments_, &d_q_, &d_k_, &d_mix_, &delta_})
       out.insert(out.end(), x->begin(), x->end());
     out.push_back(Real(0));  // an empty result is a failure
     return done ? out : std::vector<Real>();
@@ -279,10 +279,12 @@ template <typename Real> class Problem {
     const int64_t kinds[] = {0, kWantQ, kWantK, kWantQ | kWantK};
     call.wanted = random_.chance(60) ? int64_t(kWantQ | kWantK) : kinds[random_.below(4)];
     if (call.mix && random_.chance(80)) call.wanted |= kWantMix;
+    if (s.sink && random_.chance(60)) call.wanted |= kWantSink;
     note("no gradient", !call.wanted);
     note("dq alone", call.wanted == kWantQ);
     note("dk alone", call.wanted == kWantK);
     note("dmix", call.wanted & kWantMix);
+    note("sinks' gradient", call.wanted & kWantSink);
     auto room = [](std::vector<Real>& x, int64_t count) {
       x.resize(static_cast<size_t>(count));
       return count ? static_cast<void*>(x.data()) : nullptr;
@@ -295,6 +297,7 @@ template <typename Real> class Problem {
     call.d_q = room(d_q_, call.wanted & kWantQ ? batch * s.heads * call.rows * s.size : 0);
     call.d_k = room(d_k_, call.wanted & kWantK ? batch * s.key_heads * call.length * s.size : 0);
     call.d_mix = room(d_mix_, call.wanted & kWantMix ? s.heads * call.groups : 0);
+    call.delta = room(delta_, call.wanted & kWantSink ? batch * s.heads * call.rows : 0);
     by_ = numbers(count * maps * call.rows, -1, 1);
     by_pooled_ = numbers(maps * call.length, -1, 1);
   }
@@ -358,7 +361,7 @@ template <typename Real> class Problem {
   std::vector<int64_t> positions_, target_index_;
   std::vector<uint8_t> columns_;
   std::vector<int32_t> segments_, blocks_;
-  std::vector<Real> lse_s_, lse_t_, statistics_, entries_, pool_, moments_, d_q_, d_k_, d_mix_;
+  std::vector<Real> lse_s_, lse_t_, statistics_, entries_, pool_, moments_, d_q_, d_k_, d_mix_, delta_;
 };
 
 template <typename Real> bool finite(const std::vector<Real>& x) {

@@ -45,8 +45,8 @@ def fused_attn_align_loss(
 
     The definition is ``fastalign.maths``, the derivation of the gradient DESIGN.md. No tensor of size
     heads x rows x columns and none of size L x L is held, forward or backward (``backend="reference"``
-    alone is materialised). Gradients flow to ``q_s``, ``k_s`` and ``mix``; never to the teacher, to
-    given log-sum-exps, to weights or to sinks. There is no second derivative.
+    alone is materialised). Gradients flow to ``q_s``, ``k_s``, ``mix`` and ``sink_s``; never to the
+    teacher, to given log-sum-exps or to weights. There is no second derivative.
 
     Shapes: B samples, L positions, R query rows, H heads and K key heads (K divides H), D head size.
     H, K and D may differ between student and teacher; B, L and R may not. Floating-point inputs may be

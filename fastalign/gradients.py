@@ -120,3 +120,20 @@ def through_pooling(
 def through_renormalisation(gradient: Tensor, a_s: Tensor) -> Tensor:
     """``normalize="visual"``, in logs: dL/d log A = E - Ā sum_V E with Ā = A / sum_V A."""
     return gradient - a_s * gradient.sum(-1, keepdim=True)
+
+
+def sink_gradient(sink: Tensor | None, lse: Tensor, delta: Tensor, temperature: float) -> Tensor:
+    """d loss / d sink logits [H]; empty without sinks.
+
+    A sink is one more score in a row's softmax, whose probability no map holds: dS = X - P sum_V X with
+    X = 0, so d sink_h = - sum_i exp(sink_h / temperature - LSE_h[i]) delta_h[i] / temperature.
+
+    Args:
+        sink: [H] or None. lse: [B, H, R], the sink included. delta: [B, H, R], sum_V X of each row (0
+            where it sees nothing).
+    """
+    if sink is None:
+        return delta.new_zeros((0,))
+    log_p = sink.to(lse.dtype).view(1, -1, 1) / temperature - lse
+    # at most 0 but for rounding, and for rows without a key, whose log-sum-exp is not one
+    return -(log_p.clamp(max=0.0).exp() * delta).sum((0, 2)) / temperature

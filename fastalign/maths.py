@@ -32,7 +32,7 @@ from .spec import AlignSpec
 
 
 def align_loss(problem: Problem) -> Tensor:
-    """The loss of one problem (scalar, ``problem.dtype``), differentiable in q_s, k_s and mix."""
+    """The loss of one problem (scalar, ``problem.dtype``), differentiable in q_s, k_s, mix, sink_s."""
     spec, dtype = problem.spec, problem.dtype
     visible = problem.visibility.full(problem.positions)  # [B, R, L]
     compared = (visible & problem.columns.unsqueeze(1)).unsqueeze(1)  # [B, 1, R, L]

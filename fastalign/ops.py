@@ -2,7 +2,7 @@
 
 ``fastalign::align`` and ``fastalign::align_backward`` take a ``Problem`` field by field. They run
 whatever ``backend`` names, on any device; ``torch.compile``, FakeTensor and opcheck see shapes that
-follow from the inputs' shapes alone. Gradients exist for q_s, k_s and mix; the teacher has none.
+follow from the inputs' shapes alone. Gradients exist for q_s, k_s, mix and sink_s; the teacher has none.
 
 ``fastalign::align_with_gradients`` is for backends that compute the gradients along with the loss, while
 the maps are still in their workspace: the loss is a scalar, so that its backward is a multiplication.
@@ -31,6 +31,8 @@ _PROBLEM = (
 )
 _NAMES = tuple(field.name for field in fields(Problem))  # in the order of _PROBLEM
 _FIELDS = len(_NAMES)
+_LEAVES = ("q_s", "k_s", "mix", "sink_s")  # what has a gradient, in the order of ``Gradients``
+_AT = tuple(_NAMES.index(name) for name in _LEAVES)
 _SAVED = (
     "Tensor saved_lse_s, Tensor saved_lse_t, Tensor statistics, Tensor entries, Tensor pooled, "
     "Tensor thresholds"
@@ -42,42 +44,43 @@ torch.library.define(
 )
 torch.library.define(
     "fastalign::align_backward",
-    f"({_PROBLEM}, str backend, Tensor grad, {_SAVED}) -> (Tensor, Tensor, Tensor)",
+    f"({_PROBLEM}, str backend, Tensor grad, {_SAVED}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "fastalign::align_with_gradients",
-    f"({_PROBLEM}, str backend, int wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_PROBLEM}, str backend, int wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
-    # of q, k and mix only the types are read; they are here so that a second derivative is refused
+    # of the leaves only the types are read; they are here so that a second derivative is refused
     "fastalign::scale_gradients",
-    "(Tensor q_s, Tensor k_s, Tensor? mix, Tensor d_q, Tensor d_k, Tensor d_mix, Tensor grad) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(Tensor q_s, Tensor k_s, Tensor? mix, Tensor? sink_s, Tensor d_q, Tensor d_k, Tensor d_mix, "
+    "Tensor d_sink, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 def run(problem: Problem, backend: str) -> Tensor:
-    """The loss of a problem on a streaming backend, differentiable in q_s, k_s and mix."""
+    """The loss of a problem on a streaming backend, differentiable in its leaves."""
     arguments, wanted = _arguments(problem), _wanted(problem)
     loss: Tensor
     if wanted and gradients_together(backend, problem.q_s.device):
         if torch.compiler.is_compiling():
             loss = torch.ops.fastalign.align_with_gradients(*arguments, backend, wanted)[0]
         else:
-            loss = _Together.apply(
-                problem.q_s, problem.k_s, problem.mix, (*arguments, backend, wanted)
-            )
+            loss = _Together.apply(*_leaves(problem), (*arguments, backend, wanted))
     else:
         loss = torch.ops.fastalign.align(*arguments, backend)[0]
     return loss
 
 
+def _leaves(problem: Problem) -> tuple[Tensor | None, ...]:
+    return tuple(getattr(problem, name) for name in _LEAVES)
+
+
 def _wanted(problem: Problem) -> int:
-    """Which gradients autograd will ask for: bits 1 (q_s), 2 (k_s), 4 (mix)."""
-    leaves = (problem.q_s, problem.k_s, problem.mix)
+    """Which gradients autograd will ask for: bits 1 (q_s), 2 (k_s), 4 (mix), 8 (sink_s)."""
     if not torch.is_grad_enabled():
         return 0
-    return sum(1 << i for i, x in enumerate(leaves) if x is not None and x.requires_grad)
+    return sum(1 << i for i, x in enumerate(_leaves(problem)) if x is not None and x.requires_grad)
 
 
 def _arguments(problem: Problem) -> tuple[Any, ...]:
@@ -115,8 +118,10 @@ def _align_fake(*arguments: Any) -> Forward:
 @torch.library.register_fake("fastalign::align_backward")
 def _align_backward_fake(*arguments: Any) -> Gradients:
     p = _problem(arguments)
-    mix = p.q_s.new_empty((0,), dtype=p.dtype) if p.mix is None else torch.empty_like(p.mix)
-    return Gradients(p.q_s.new_empty(p.q_s.shape), p.k_s.new_empty(p.k_s.shape), mix.contiguous())
+    return Gradients(*(
+        p.q_s.new_empty((0,), dtype=p.dtype) if x is None else x.new_empty(x.shape)
+        for x in _leaves(p)
+    ))  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
@@ -129,22 +134,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    """d loss / d (q_s, k_s, mix) for those that ask; None for everything else, the teacher included."""
-    none = (None,) * len(ctx.layout)
-    if grad is None or not any(ctx.needs_input_grad[i] for i in (0, 1, 6)):
-        return none
+    """d loss / d (leaves that ask); None for everything else, the teacher included."""
+    out: list[Tensor | None] = [None] * len(ctx.layout)
+    if grad is None or not any(ctx.needs_input_grad[i] for i in _AT):
+        return tuple(out)
     count = sum(ctx.layout)
     tensors, scalars = iter(ctx.saved_tensors[:count]), iter(ctx.scalars)
     arguments = [next(tensors if is_tensor else scalars) for is_tensor in ctx.layout]
-    q, k, mix = torch.ops.fastalign.align_backward(*arguments, grad, *ctx.saved_tensors[count:])
-    wanted = ctx.needs_input_grad
-    return (
-        q if wanted[0] else None,
-        k if wanted[1] else None,
-        *none[2:6],
-        mix if wanted[6] else None,
-        *none[7:],
-    )
+    gradients = torch.ops.fastalign.align_backward(*arguments, grad, *ctx.saved_tensors[count:])
+    for at, gradient in zip(_AT, gradients, strict=True):
+        out[at] = gradient if ctx.needs_input_grad[at] else None
+    return tuple(out)
 
 
 def _no_double_backward(ctx: Any, *_: Any) -> None:
@@ -164,7 +164,7 @@ torch.library.register_autograd("fastalign::align_backward", _no_double_backward
 
 @torch.library.impl("fastalign::align_with_gradients", "default")
 def _together(*arguments: Any) -> tuple[Tensor, ...]:
-    """(loss, dq_s, dk_s, dmix) for an upstream gradient of 1; what is not wanted is empty."""
+    """(loss, *gradients) for an upstream gradient of 1; what is not wanted is empty."""
     problem, (backend, wanted) = _problem(arguments), arguments[_FIELDS:]
     module = backend_for(backend, problem)
     if hasattr(module, "align"):
@@ -182,15 +182,14 @@ def _together(*arguments: Any) -> tuple[Tensor, ...]:
 def _together_fake(*arguments: Any) -> tuple[Tensor, ...]:
     p, wanted = _problem(arguments), arguments[_FIELDS + 1]
     shapes = [
-        x.shape if x is not None and wanted >> i & 1 else (0,)
-        for i, x in enumerate((p.q_s, p.k_s, p.mix))
+        x.shape if x is not None and wanted >> i & 1 else (0,) for i, x in enumerate(_leaves(p))
     ]
     return tuple(p.q_s.new_empty(shape, dtype=p.dtype) for shape in ((), *shapes))
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.inputs = len(inputs)
-    ctx.save_for_backward(inputs[0], inputs[1], inputs[6], *output[1:])
+    ctx.save_for_backward(*(inputs[at] for at in _AT), *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -199,29 +198,27 @@ def _multiply(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * int(ctx.inputs)
     scaled = torch.ops.fastalign.scale_gradients(*ctx.saved_tensors, grad)
-    q, k, mix = (
-        x if ctx.needs_input_grad[i] else None for x, i in zip(scaled, (0, 1, 6), strict=True)
-    )
-    nothing: tuple[None, ...] = (None,) * (int(ctx.inputs) - 7)
-    return (q, k, None, None, None, None, mix, *nothing)
+    out: list[Tensor | None] = [None] * int(ctx.inputs)
+    for at, gradient in zip(_AT, scaled, strict=True):
+        out[at] = gradient if ctx.needs_input_grad[at] else None
+    return tuple(out)
 
 
-def _scale(
-    q: Tensor,
-    k: Tensor,
-    mix: Tensor | None,
-    d_q: Tensor,
-    d_k: Tensor,
-    d_mix: Tensor,
-    grad: Tensor,
-    last: bool = False,
-) -> tuple[Tensor, ...]:
-    """Kept gradients times the upstream one, in the inputs' types; ``last``: nobody needs them again."""
-    dtypes = (q.dtype, k.dtype, d_mix.dtype if mix is None else mix.dtype)
+def _scale(*arguments: Any, last: bool = False) -> tuple[Tensor, ...]:
+    """Kept gradients times the upstream one, in the leaves' types; ``last``: nobody needs them again.
+
+    Args:
+        arguments: the leaves, their gradients, the upstream gradient.
+    """
+    leaves, gradients, grad = arguments[: len(_AT)], arguments[len(_AT) : -1], arguments[-1]
     return tuple(
         x.mul_(grad.to(x.dtype)) if last and x.dtype == dtype else cpu.scaled(x, grad, dtype)
-        for x, dtype in zip((d_q, d_k, d_mix), dtypes, strict=True)
+        for x, dtype in zip(gradients, _dtypes(leaves, gradients), strict=True)
     )
+
+
+def _dtypes(leaves: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...]) -> list[torch.dtype]:
+    return [(x if leaf is None else leaf).dtype for leaf, x in zip(leaves, gradients, strict=True)]
 
 
 def _is_last() -> bool:
@@ -237,13 +234,11 @@ torch.library.impl("fastalign::scale_gradients", "default", _scale)
 
 
 @torch.library.register_fake("fastalign::scale_gradients")
-def _scale_fake(
-    q: Tensor, k: Tensor, mix: Tensor | None, d_q: Tensor, d_k: Tensor, d_mix: Tensor, grad: Tensor
-) -> tuple[Tensor, ...]:
-    dtypes = (q.dtype, k.dtype, d_mix.dtype if mix is None else mix.dtype)
+def _scale_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    leaves, gradients = arguments[: len(_AT)], arguments[len(_AT) : -1]
     return tuple(
         x.new_empty(x.shape, dtype=dtype)
-        for x, dtype in zip((d_q, d_k, d_mix), dtypes, strict=True)
+        for x, dtype in zip(gradients, _dtypes(leaves, gradients), strict=True)
     )
 
 
@@ -261,23 +256,21 @@ class _Together(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, mix: Tensor | None, arguments: tuple[Any, ...]
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *leaves, arguments = inputs
         loss: Tensor
         loss, *gradients = torch.ops.fastalign.align_with_gradients(*arguments)
-        ctx.save_for_backward(q, k, mix, *gradients)
+        ctx.save_for_backward(*leaves, *gradients)
         ctx.set_materialize_grads(False)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
-            return (None, None, None, None)
+            return (None,) * (len(_AT) + 1)
         if torch.is_grad_enabled():  # create_graph: through the operator that has no derivative
             scaled = torch.ops.fastalign.scale_gradients(*ctx.saved_tensors, grad)
         else:
-            q, k, mix, d_q, d_k, d_mix = ctx.saved_tensors
-            scaled = _scale(q, k, mix, d_q, d_k, d_mix, grad, last=_is_last())
-        wanted = ctx.needs_input_grad[:3]
+            scaled = _scale(*ctx.saved_tensors, grad, last=_is_last())
+        wanted = ctx.needs_input_grad[: len(_AT)]
         return (*(x if asked else None for x, asked in zip(scaled, wanted, strict=True)), None)

@@ -133,7 +133,7 @@ def build_problem(
         row_weight=_by_row(row_weight, positions),
         segments=_segments(segment_ids, attention_mask, chunk),
         blocks=None if block_ids is None else block_ids.to(torch.int32),
-        sink_s=None if sink_s is None else sink_s.detach(),
+        sink_s=sink_s,
         sink_t=None if sink_t is None else sink_t.detach(),
         causal=spec.causal if causal is None else causal,
         window=window or 0,

@@ -38,14 +38,15 @@ class Inputs:
         )
 
     def run(self, spec: AlignSpec | str, backend: str, **more: Any) -> list[Tensor]:
-        """[loss, dq_s, dk_s, (dmix)]: one forward and backward on fresh leaves."""
+        """[loss, dq_s, dk_s, (dmix), (dsink_s)]: one forward and backward on fresh leaves."""
         q = self.q_s.detach().clone().requires_grad_()
         k = self.k_s.detach().clone().requires_grad_()
         keywords = {**self.keywords, **more}
         leaves = [q, k]
-        if keywords.get("mix") is not None:
-            keywords["mix"] = keywords["mix"].detach().clone().requires_grad_()
-            leaves.append(keywords["mix"])
+        for name in ("mix", "sink_s"):
+            if keywords.get(name) is not None:
+                keywords[name] = keywords[name].detach().clone().requires_grad_()
+                leaves.append(keywords[name])
         loss = fused_attn_align_loss(
             q, k, self.q_t, self.k_t, spec=spec, backend=backend, **keywords
         )
@@ -134,9 +135,22 @@ def spec_id(spec: AlignSpec) -> str:
     return f"{spec.heads}-{spec.normalize}-{spec.compare}-{spec.divergence}{sink}"
 
 
-def relative_error(x: Tensor, exact: Tensor) -> float:
-    """max |x - exact| / max |exact|; absolute where everything is below 1e-300."""
+def relative_error(x: Tensor, exact: Tensor, size: float = 0.0) -> float:
+    """max |x - exact| over max |exact| or ``size``, the larger; absolute where all is below 1e-300."""
     if not x.numel():
         return 0.0
-    size = exact.abs().max().item()
-    return (x.double() - exact.double()).abs().max().item() / max(size, 1e-300)
+    size = max(size, exact.abs().max().item(), 1e-300)
+    return (x.double() - exact.double()).abs().max().item() / size
+
+
+def relative_errors(result: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """``relative_error`` of everything that ``Inputs.run`` returns.
+
+    A sink's gradient is a sum over rows that may cancel (to exactly 0 for single heads that are
+    renormalised): what counts is the size of its terms, for which the rows of dq stand.
+    """
+    rows = exact[1].abs().amax(-1).sum((0, 2)).max().item() if exact[1].numel() else 0.0
+    return [
+        relative_error(x, y, rows if y.dim() == 1 else 0.0)
+        for x, y in zip(result, exact, strict=True)
+    ]

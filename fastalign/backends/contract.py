@@ -38,11 +38,19 @@ class Forward(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """d loss / d student: q_s and k_s like the inputs; mix [H_s, H_t] or an empty tensor."""
+    """d loss / d student, like the inputs; an empty tensor for mix or sink_s where there is none."""
 
     q_s: Tensor
     k_s: Tensor
     mix: Tensor
+    sink_s: Tensor
+
+    def like(self, problem: Problem) -> Gradients:
+        """The same in the types of what they are gradients of."""
+        leaves = (problem.q_s, problem.k_s, problem.mix, problem.sink_s)
+        return Gradients(*(
+            x if leaf is None else x.to(leaf.dtype) for x, leaf in zip(self, leaves, strict=True)
+        ))  # fmt: skip
 
 
 def empty_forward(problem: Problem) -> Forward:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import _build
-from ..gradients import entry_gradient, row_coefficients
+from ..gradients import entry_gradient, row_coefficients, sink_gradient
 from ..maths import (
     expand_target,
     given_map,
@@ -40,12 +40,12 @@ logger = logging.getLogger("fastalign")
 #: The part of the workspace that does not follow the inputs' size: maps, attention and tiles.
 WORKSPACE_BYTES = 64 * 2**20
 
-_ABI = 2
+_ABI = 3
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _HEADS = {"mean": 0, "each": 1, "mix": 2}
 _NORMALIZE = {"joint": 0, "visual": 1, "visual_per_head": 2, "none": 3}
 _DIVERGENCES = {"cosine": 0, "kl": 1, "reverse_kl": 2, "js": 3, "mse": 4}
-_WANT_Q, _WANT_K, _WANT_MIX = 1, 2, 4
+_WANT_Q, _WANT_K, _WANT_MIX, _WANT_SINK = 1, 2, 4, 8
 
 
 # ------------------------------------------------------------------- the C interface
@@ -77,7 +77,7 @@ class _Call(ctypes.Structure):
         *((name, c_int64) for name in ("pooled", "in_logs", "sink_filter", "wanted", "local")),
         *((name, c_int64) for name in ("threads", "budget")),
         *((name, c_void_p) for name in ("statistics", "entries", "pool", "moments")),
-        *((name, c_void_p) for name in ("d_q", "d_k", "d_mix")),
+        *((name, c_void_p) for name in ("d_q", "d_k", "d_mix", "delta")),
     )
 
 
@@ -218,14 +218,11 @@ def forward(problem: Problem) -> Forward:
 
 def backward(problem: Problem, saved: Forward, grad: Tensor) -> Gradients:
     """The student's gradients for the upstream gradient ``grad`` (scalar), from the inputs alone."""
-    q, k, mix = align(problem, _WANT_Q | _WANT_K | (_WANT_MIX if problem.mix is not None else 0))[1]
-    grad = grad.to(problem.dtype)
-    mix_dtype = problem.dtype if problem.mix is None else problem.mix.dtype
-    return Gradients(
-        (q * grad).to(problem.q_s.dtype),
-        (k * grad).to(problem.k_s.dtype),
-        (mix * grad).to(mix_dtype),
-    )
+    wanted = _WANT_Q | _WANT_K
+    wanted |= _WANT_MIX if problem.mix is not None else 0
+    wanted |= _WANT_SINK if problem.sink_s is not None else 0
+    gradients = align(problem, wanted)[1]
+    return Gradients(*(x * grad.to(problem.dtype) for x in gradients)).like(problem)
 
 
 def align(problem: Problem, wanted: int) -> tuple[Forward, Gradients]:
@@ -233,7 +230,7 @@ def align(problem: Problem, wanted: int) -> tuple[Forward, Gradients]:
 
     Args:
         problem: what is compared.
-        wanted: bits 1 (q_s), 2 (k_s), 4 (mix); a gradient that is not wanted is an empty tensor.
+        wanted: bits 1 (q_s), 2 (k_s), 4 (mix), 8 (sink_s); what is not wanted comes as an empty tensor.
     """
     spec = problem.spec
     # Whether a row's coefficients need nothing of other rows, up to the count of the units.
@@ -264,7 +261,7 @@ def align(problem: Problem, wanted: int) -> tuple[Forward, Gradients]:
             _finish_pooling(problem, out)
         if follow:
             scale = 1 / unit_count(spec, weight, out.entries, problem.groups)
-            for x in work.gradients:
+            for x in (*work.gradients, work.delta):
                 x.mul_(scale)
         elif wanted:
             one = weight.new_ones(())
@@ -279,7 +276,11 @@ def align(problem: Problem, wanted: int) -> tuple[Forward, Gradients]:
                 session.gradients(chunk, thresholds, coefficients)
     losses = unit_losses(spec, out.statistics, weight, out.entries)
     loss = losses.sum() / unit_count(spec, weight, out.entries, problem.groups)
-    return out._replace(loss=loss), work.gradients
+    gradients = work.gradients
+    if wanted & _WANT_SINK:
+        by_sink = sink_gradient(problem.sink_s, out.lse_s, work.delta, spec.temperature)
+        gradients = gradients._replace(sink_s=by_sink)
+    return out._replace(loss=loss), gradients
 
 
 class _Work:
@@ -298,7 +299,10 @@ class _Work:
             self.weight.new_zeros(
                 p.mix.shape if wanted & _WANT_MIX and p.mix is not None else (0,)
             ),
+            self.weight.new_empty((0,)),
         )
+        # what a row's sum over V leaves to its softmax, for the sinks; the kernels add to it
+        self.delta = self.weight.new_zeros(p.q_s.shape[:3] if wanted & _WANT_SINK else (0,))
         self._kept: list[Tensor] = []
         target = self._real(p.target, dtype)
         self._call = _Call(
@@ -341,6 +345,7 @@ class _Work:
             d_q=self.gradients.q_s.data_ptr(),
             d_k=self.gradients.k_s.data_ptr(),
             d_mix=self.gradients.mix.data_ptr(),
+            delta=self.delta.data_ptr() or None,
         )
 
     @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..gradients import (
     entry_gradient,
     row_coefficients,
+    sink_gradient,
     through_pooling,
     through_renormalisation,
 )
@@ -207,6 +208,7 @@ def backward(problem: Problem, saved: Forward, grad: Tensor) -> Gradients:
     dmix = torch.zeros(
         problem.mix.shape if problem.mix is not None else (0,), dtype=dtype, device=q.device
     )
+    delta = torch.zeros_like(saved.lse_s)
     coefficients = row_coefficients(spec, saved.statistics, weight, saved.entries, grad)
     for sample, visibility, b in _samples(problem):
         # summed over row blocks in the arithmetic's precision; in place where that is k's own
@@ -231,11 +233,11 @@ def backward(problem: Problem, saved: Forward, grad: Tensor) -> Gradients:
                 )
             if spec.normalize == "visual":
                 gradient = through_renormalisation(gradient, maps.a_s)
-            _heads_backward(problem, block, maps, gradient, saved.lse_s, dq, dk_sample, dmix)
+            _heads_backward(problem, block, maps, gradient, saved.lse_s, dq, dk_sample, dmix, delta)
         if not exact:
             dk[b] = dk_sample.to(k.dtype)
-    mix_dtype = dtype if problem.mix is None else problem.mix.dtype
-    return Gradients(dq, dk, dmix.to(mix_dtype))
+    dsink = sink_gradient(problem.sink_s, saved.lse_s, delta, spec.temperature)
+    return Gradients(dq, dk, dmix, dsink).like(problem)
 
 
 def _pooled_gradient(
@@ -259,12 +261,14 @@ def _heads_backward(
     dq: Tensor,
     dk: Tensor,
     dmix: Tensor,
+    delta: Tensor,
 ) -> None:
     """dS = X - P sum_V X of every head of a block (``gradients.py``), and with it dq and dk.
 
     Args:
         gradient: [G, I, C] dL/dA_s, or dL/d log A_s for maps in logs.
         lse: [B, H, R]. dq: [B, H, R, D] and dmix [H, G], written to. dk: [K, L, D], added to.
+        delta: [B, H, R], sum_V X, added to.
     """
     spec, side = problem.spec, problem.student()
     keys = block.every if spec.sweeps_all_keys else block.compared
@@ -305,7 +309,9 @@ def _heads_backward(
                 x = share * by_head
             else:
                 x = seen * by_head
-            ds = p.mul_(-x.sum(-1, keepdim=True))
+            total = x.sum(-1)
+            delta[block.b, heads.start : heads.stop, block.rows] += total
+            ds = p.mul_(-total.unsqueeze(-1))
             ds[..., keys.columns] += x
         if slope is not None:
             ds *= slope

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _kernels
-from ..gradients import entry_gradient, row_coefficients
+from ..gradients import entry_gradient, row_coefficients, sink_gradient
 from ..maths import (
     densify,
     expand_target,
@@ -122,9 +122,11 @@ def backward(problem: Problem, saved: Forward, grad: Tensor) -> Gradients:
     dmix = torch.zeros(
         (0,) if p.mix is None else p.mix.shape, dtype=torch.float32, device=dq.device
     )
-    mix_dtype = torch.float32 if p.mix is None else p.mix.dtype
+    total = torch.zeros(p.q_s.shape[:3], dtype=torch.float32, device=dq.device)
     if not _anything(problem):
-        return Gradients(dq.to(p.q_s.dtype), torch.zeros_like(p.k_s), dmix.to(mix_dtype))
+        dk = torch.zeros(p.k_s.shape, dtype=p.k_s.dtype, device=dq.device)
+        dsink = sink_gradient(p.sink_s, saved.lse_s, total, spec.temperature)
+        return Gradients(dq, dk, dmix, dsink).like(problem)
     plan = _plan(problem)
     call, weight = plan.call, row_weights(problem)
     maps = _map_tensors(plan, saved)
@@ -142,13 +144,15 @@ def backward(problem: Problem, saved: Forward, grad: Tensor) -> Gradients:
         space = _workspace(plan, start, end)
         map_gradient(call, maps, upstream, space)
         delta, dmix_part = _delta(plan, maps, space)
+        total += delta
         if spec.heads == "mix":
             dmix += dmix_part
             space = _by_head(plan, maps, space)
         heads = _head_tensors(plan, maps, saved, space, delta)
         write_dq(call, plan.student, heads, space, dq)
         write_dk(call, plan.student, heads, space, dk, add=not whole)
-    return Gradients(dq.to(p.q_s.dtype), dk.to(p.k_s.dtype), dmix.to(mix_dtype))
+    dsink = sink_gradient(p.sink_s, saved.lse_s, total, spec.temperature)
+    return Gradients(dq, dk, dmix, dsink).like(problem)
 
 
 # ------------------------------------------------------------------------------- pieces
@@ -410,7 +414,7 @@ def _workspace(plan: Plan, start: int, end: int) -> Workspace:
 
 
 def _delta(plan: Plan, maps: MapTensors, space: Workspace) -> tuple[Tensor, Tensor]:
-    """([B, H, R] what the softmax's backward subtracts, dmix or an empty tensor)."""
+    """([B, H, R] sum_V X of every row and head, dmix or an empty tensor)."""
     call, spec, side = plan.call, plan.problem.spec, plan.student
     pairs = side.heads * (call.groups if spec.heads == "mix" else 1)
     delta = torch.zeros((call.batch, pairs, call.rows), dtype=torch.float32, device=call.device)
@@ -420,8 +424,6 @@ def _delta(plan: Plan, maps: MapTensors, space: Workspace) -> tuple[Tensor, Tens
         assert maps.mix is not None
         by_pair = delta.view(call.batch, side.heads, call.groups, call.rows)
         return (by_pair * maps.mix[:, :, None]).sum(2), by_pair.sum((0, 3))
-    if spec.heads == "mean" and not spec.in_logs:  # P carries its share 1 / H in the kernels
-        delta = delta * side.heads
     return delta, delta.new_zeros((0,))
 
 
@@ -453,6 +455,8 @@ def _head_tensors(
         if call.scores or (call.logs and call.heads == "each"):  # no P is a factor of it
             space.g.mul_(power.exp2())
         factor = factor * (-power).exp2()
+    if p.spec.heads == "mean" and not p.spec.in_logs:  # P carries its share 1 / H in the kernels
+        delta = delta * plan.student.heads
     return HeadTensors(
         lse=lse.contiguous(),
         fold=fold.contiguous(),

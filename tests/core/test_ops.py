@@ -59,21 +59,26 @@ def test_compiles_without_a_graph_break(spec: AlignSpec) -> None:
     torch._dynamo.reset()
     inputs = random_inputs(spec, dtype=torch.float32)
 
-    def step(q: torch.Tensor, k: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
-        keywords = dict(inputs.keywords)
-        keywords.pop("mix", None)
+    def step(q: torch.Tensor, k: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
         return 3 * fused_attn_align_loss(
-            q * 1.5, k, inputs.q_t, inputs.k_t, spec=spec, backend="tiled", mix=mix, **keywords
+            q * 1.5,
+            k,
+            inputs.q_t,
+            inputs.k_t,
+            spec=spec,
+            backend="tiled",
+            **inputs.keywords,
+            **more,
         )
 
-    mix = inputs.keywords.get("mix")
-    leaves = [inputs.q_s.requires_grad_(), inputs.k_s.requires_grad_()]
-    if mix is not None:
-        leaves.append(mix.requires_grad_())
-    expected = step(inputs.q_s, inputs.k_s, mix)
+    more = {
+        name: inputs.keywords.pop(name) for name in ("mix", "sink_s") if name in inputs.keywords
+    }
+    leaves = [x.requires_grad_() for x in (inputs.q_s, inputs.k_s, *more.values())]
+    expected = step(inputs.q_s, inputs.k_s, **more)
     expected_grads = torch.autograd.grad(expected, leaves)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    loss = compiled(inputs.q_s, inputs.k_s, mix)
+    loss = compiled(inputs.q_s, inputs.k_s, **more)
     torch.testing.assert_close(loss, expected)
     for got, want in zip(torch.autograd.grad(loss, leaves), expected_grads, strict=True):
         torch.testing.assert_close(got, want)
@@ -96,21 +101,22 @@ def test_compiles_with_inductor() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
-@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)))
-def test_every_subset_of_requested_gradients(wanted: tuple[bool, bool, bool], backend: str) -> None:
-    """q_s, k_s and mix: each gets a gradient exactly if it asks; the teacher never does."""
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4)))
+def test_every_subset_of_requested_gradients(wanted: tuple[bool, ...], backend: str) -> None:
+    """q_s, k_s, mix and sink_s: each gets a gradient exactly if it asks; the teacher never does."""
     spec = AlignSpec(heads="mix", divergence="mse")
     inputs = random_inputs(spec)
     full = inputs.run(spec, backend)[1:]
-    mix = inputs.keywords.pop("mix")
+    mix, sink = inputs.keywords.pop("mix"), inputs.keywords.pop("sink_s")
     leaves = [
         x.detach().clone().requires_grad_(w)
-        for x, w in zip((inputs.q_s, inputs.k_s, mix), wanted, strict=True)
+        for x, w in zip((inputs.q_s, inputs.k_s, mix, sink), wanted, strict=True)
     ]
     teacher = [x.clone().requires_grad_() for x in (inputs.q_t, inputs.k_t)]
     loss = fused_attn_align_loss(
-        *leaves[:2], *teacher, spec=spec, backend=backend, mix=leaves[2], **inputs.keywords
-    )
+        *leaves[:2], *teacher, spec=spec, backend=backend, mix=leaves[2], sink_s=leaves[3],
+        **inputs.keywords,
+    )  # fmt: skip
     assert loss.requires_grad == any(wanted)
     if any(wanted):
         loss.backward()

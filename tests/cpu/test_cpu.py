@@ -161,15 +161,15 @@ def test_few_rows_and_many_keys(
 def test_every_subset_of_requested_gradients(spec: AlignSpec) -> None:
     """What is asked for is what comes when everything is asked for; what is not stays None."""
     inputs = random_inputs(spec, dtype=torch.float64)
-    leaves = {"q": inputs.q_s, "k": inputs.k_s}
-    if "mix" in inputs.keywords:
-        leaves["mix"] = inputs.keywords.pop("mix")
+    leaves = {"q_s": inputs.q_s, "k_s": inputs.k_s}
+    for name in ("mix", "sink_s"):
+        if name in inputs.keywords:
+            leaves[name] = inputs.keywords.pop(name)
 
     def gradients(names: tuple[str, ...]) -> dict[str, torch.Tensor | None]:
         own = {name: x.detach().clone().requires_grad_(name in names) for name, x in leaves.items()}
         loss = fused_attn_align_loss(
-            own["q"], own["k"], inputs.q_t, inputs.k_t, spec=spec, backend="cpu",
-            mix=own.get("mix"), **inputs.keywords,
+            q_t=inputs.q_t, k_t=inputs.k_t, spec=spec, backend="cpu", **own, **inputs.keywords
         )  # fmt: skip
         if names:
             loss.backward()  # type: ignore[no-untyped-call]
@@ -204,7 +204,8 @@ def test_the_upstream_gradient_and_the_recomputing_backward(spec: AlignSpec) -> 
     saved = cpu.forward(problem)
     torch.testing.assert_close(saved.loss, loss.detach())
     grad = torch.tensor(3.0, dtype=torch.float64)
-    for got, want in zip(cpu.backward(problem, saved, grad), kept, strict=False):
+    gradients = [x for x in cpu.backward(problem, saved, grad) if x.numel()]
+    for got, want in zip(gradients, kept, strict=True):
         torch.testing.assert_close(got, 3 * want)
 
 
@@ -286,7 +287,7 @@ def test_any_strides() -> None:
         assert not q.is_contiguous()
         loss = fused_attn_align_loss(q, k, inputs.q_t, inputs.k_t, backend="cpu", **inputs.keywords)
         got = [loss.detach(), *torch.autograd.grad(loss, [q, k])]
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(got, want[:3], strict=True))
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -304,20 +305,20 @@ def test_a_second_derivative_is_refused() -> None:
 def test_compiles_without_a_graph_break(spec: AlignSpec) -> None:
     torch._dynamo.reset()
     inputs = random_inputs(spec, dtype=torch.float32)
-    mix = inputs.keywords.pop("mix", None)
-    leaves = [inputs.q_s.requires_grad_(), inputs.k_s.requires_grad_()]
-    if mix is not None:
-        leaves.append(mix.requires_grad_())
+    more = {
+        name: inputs.keywords.pop(name) for name in ("mix", "sink_s") if name in inputs.keywords
+    }
+    leaves = [x.requires_grad_() for x in (inputs.q_s, inputs.k_s, *more.values())]
 
-    def step(q: torch.Tensor, k: torch.Tensor, mix: torch.Tensor | None) -> torch.Tensor:
+    def step(q: torch.Tensor, k: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
         return 3 * fused_attn_align_loss(
-            q * 1.5, k, inputs.q_t, inputs.k_t, spec=spec, backend="cpu", mix=mix, **inputs.keywords
+            q * 1.5, k, inputs.q_t, inputs.k_t, spec=spec, backend="cpu", **inputs.keywords, **more
         )
 
-    expected = step(inputs.q_s, inputs.k_s, mix)
+    expected = step(inputs.q_s, inputs.k_s, **more)
     expected_grads = torch.autograd.grad(expected, leaves)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    loss = compiled(inputs.q_s, inputs.k_s, mix)
+    loss = compiled(inputs.q_s, inputs.k_s, **more)
     torch.testing.assert_close(loss, expected)
     for got, want in zip(torch.autograd.grad(loss, leaves), expected_grads, strict=True):
         torch.testing.assert_close(got, want)
@@ -330,7 +331,7 @@ def test_opcheck(spec: AlignSpec) -> None:
     inputs = random_inputs(spec)
     inputs.q_s.requires_grad_()
     inputs.k_s.requires_grad_()
-    wanted = 3 + 4 * ("mix" in inputs.keywords)
+    wanted = 3 + 4 * ("mix" in inputs.keywords) + 8 * ("sink_s" in inputs.keywords)
     arguments = (*_arguments(problem_of(inputs, spec)), "cpu", wanted)
     checks = torch.library.opcheck(torch.ops.fastalign.align_with_gradients.default, arguments)
     assert set(checks.values()) == {"SUCCESS"}

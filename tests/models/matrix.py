@@ -129,9 +129,7 @@ def near_gradients(losses: Mapping[int, Tensor], found: Projections) -> dict[str
     return {
         f"{layer} {i}": gradient
         for layer, outputs in found.items()
-        for i, gradient in enumerate(
-            torch.autograd.grad(losses[layer], outputs, retain_graph=True)
-        )
+        for i, gradient in enumerate(torch.autograd.grad(losses[layer], outputs, retain_graph=True))
     }
 
 
@@ -214,7 +212,7 @@ bfloat16 is 8e-3). *all*: by all parameters (limit 3e-2). Each layer that a grad
 rounds it anew, and one other rounding in front becomes many: with softmaxes in float32 instead of float64
 the reference itself moves by up to {noise:.1e}.
 
-| family | base | what is peculiar | map | loss | gradient | with checkpointing | bf16 map | loss | near | all |
+| family | base | what is peculiar | map | loss | gradient | checkpointed | bf16 map | loss | near | all |
 |---|---|---|---|---|---|---|---|---|---|---|
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -90,6 +91,32 @@ def test_loss_and_all_gradients_are_those_of_eager(
     student.zero_grad()
     step(alignment, student, teacher, inputs).loss.backward()
     assert eager.relative_error(eager.gradients(student), theirs) > 1e-2
+
+
+@pytest.mark.parametrize("rows", ["all", "visual", "text", "instruction", "last", "mask", "function"])
+def test_every_choice_of_rows_is_the_loss_of_these_rows(rows: str) -> None:
+    teacher, student = tiny.llava(seed=1).eval(), tiny.llava(seed=2).eval()
+    inputs = tiny.batch(left=True)
+    valid, visual = inputs["attention_mask"].bool(), eager.visual_mask(student, inputs)
+    response = inputs["labels"] != -100
+    odd = torch.arange(valid.shape[1]).expand_as(valid) % 2 == 1
+    chosen, rule = {
+        "all": (valid, "all"),
+        "visual": (visual, "visual"),
+        "text": (valid & ~visual, "text"),
+        "instruction": (valid & ~visual & ~response, "instruction"),
+        "last": (torch.arange(valid.shape[1]).expand_as(valid) == valid.shape[1] - 1, "last"),
+        "mask": (valid & odd, odd),
+        "function": (valid & odd, lambda batch: odd & (batch["input_ids"] >= 0)),
+    }[rows]
+    alignment = AttentionAlignment(student, teacher, rows=rule)
+    with torch.no_grad():
+        step(alignment, student, teacher, inputs)
+        _, weights_s = eager.attentions(eager.eager_copy(student), inputs)
+        _, weights_t = eager.attentions(eager.eager_copy(teacher), inputs)
+    expected = eager.cosine_loss(weights_s, weights_t, alignment.matching, chosen, visual)
+    assert expected > 0.01
+    torch.testing.assert_close(alignment.loss(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", ["compodistill_code", "klal", "minilm", "align_kd", "tinybert"])
@@ -213,6 +240,29 @@ def test_nothing_remains_after_a_step() -> None:
     assert student.config.text_config._attn_implementation == "sdpa"
     with torch.no_grad():  # and the next step works
         step(alignment, student, teacher, inputs)
+
+
+def test_queries_and_keys_of_a_layer_are_gone_when_its_loss_is_formed() -> None:
+    """Looked at from inside the student's forward, before each of its layers and at the end."""
+    teacher, student = tiny.llava(seed=1).eval(), tiny.llava(seed=2).train()
+    tiny.checkpoint_layers(student)
+    alignment = AttentionAlignment(student, teacher, layers="all", rows="response")
+    alive: list[list[int]] = []
+    with alignment.step(tiny.batch()) as running:
+        with torch.no_grad():
+            teacher(**tiny.batch())
+        states = running.teacher_states
+        assert all(state.q.shape[2] == 5 for state in states.values())  # of 29 rows
+        kept = {i: (weakref.ref(state.q), weakref.ref(state.k)) for i, state in states.items()}
+
+        def look(*_: object) -> None:
+            alive.append([i for i, refs in kept.items() if any(ref() is not None for ref in refs)])
+
+        for layer in student.get_decoder().layers:
+            layer.register_forward_pre_hook(look)
+        student(**tiny.batch())
+        look()
+    assert alive == [[0, 1, 2, 3], [1, 2, 3], [2, 3], [3], []]
 
 
 def test_the_vision_tower_and_other_layers_are_left_alone() -> None:

@@ -10,23 +10,27 @@ from tests.models import eager, tiny
 from tests.models.zoo import CASES
 
 BY_NAME = {case.name: case for case in CASES}
+SINKS = "LLaVA-1.5, gpt_oss text"
 
 
-@pytest.mark.parametrize("rows", ["all", "response"])
-@pytest.mark.parametrize("name", ["Gemma 3", "LLaVA-1.5, gpt_oss text"])
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [*((name, "all") for name in BY_NAME), ("Gemma 3", "response"), (SINKS, "response")],
+)
 def test_attention_received_and_relevance(name: str, rows: str) -> None:
     case = BY_NAME[name]
     model = case.model()
     inputs = case.batch(model, left=True)
-    received = attention_received(model, inputs, layers=[1, 2], rows=rows)
+    layers = [1, 3] if name == "Qwen3.5" else [1, 2]  # a hybrid's layers 0 and 2 have no map
+    received = attention_received(model, inputs, layers=layers, rows=rows)
     everywhere = attention_received(model, inputs, layers=[1], rows=rows, columns="all")
-    relevance = image_relevance(model, inputs, layers=[1, 2], rows=rows)
-    assert list(received) == list(relevance) == [1, 2]
+    relevance = image_relevance(model, inputs, layers=layers, rows=rows)
+    assert list(received) == list(relevance) == layers
     with torch.no_grad():
         _, weights = eager.attentions(eager.eager_copy(model), inputs)
     columns, valid = eager.visual_mask(model, inputs), inputs["attention_mask"].bool()
     chosen = valid if rows == "all" else inputs["labels"] != -100
-    for layer in (1, 2):
+    for layer in layers:
         for b in range(2):
             map = weights[layer].mean(1)[b][chosen[b]][:, columns[b]]
             seen = (map > 0).sum(0).clamp(min=1)
