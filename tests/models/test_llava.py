@@ -93,7 +93,9 @@ def test_loss_and_all_gradients_are_those_of_eager(
     assert eager.relative_error(eager.gradients(student), theirs) > 1e-2
 
 
-@pytest.mark.parametrize("rows", ["all", "visual", "text", "instruction", "last", "mask", "function"])
+@pytest.mark.parametrize(
+    "rows", ["all", "visual", "text", "instruction", "last", "mask", "function"]
+)
 def test_every_choice_of_rows_is_the_loss_of_these_rows(rows: str) -> None:
     teacher, student = tiny.llava(seed=1).eval(), tiny.llava(seed=2).eval()
     inputs = tiny.batch(left=True)

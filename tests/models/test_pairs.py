@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastalign.models import AttentionAlignment
-from tests.models import eager
-from tests.models.zoo import CASES, Batch
+from tests.models import eager, tiny
+from tests.models.zoo import CASES, SIGLIP_LLAMA, SIGLIP_QWEN3, Batch
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -79,3 +79,27 @@ def test_pairs_of_families(student: str, teacher: str, left: bool) -> None:
     for name in [name for name in theirs if name.endswith(".sinks")]:
         del ours[name], theirs[name]
     assert eager.relative_error(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_other_decoders_depths_heads_and_head_sizes(checkpointing: bool) -> None:
+    """A SigLIP + Qwen3 teacher over a SigLIP + Llama student, by the paper's matching."""
+    student, teacher = SIGLIP_LLAMA.model(seed=2).train(), SIGLIP_QWEN3.model(seed=1)
+    inputs = SIGLIP_LLAMA.batch(student, left=checkpointing)
+    reference, teacher_ref = eager.eager_copy(student), eager.eager_copy(teacher)
+    if checkpointing:
+        tiny.checkpoint_layers(student)
+    alignment = AttentionAlignment(student, teacher)
+    assert alignment.matching == {1: (2, 3), 2: (3, 4), 3: (4, 5)}
+    loss = run(alignment, student, teacher, inputs, inputs)
+    loss.backward()
+
+    out, weights_s = eager.attentions(reference, inputs)
+    with torch.no_grad():
+        _, weights_t = eager.attentions(teacher_ref, inputs)
+    rows, columns = inputs["attention_mask"].bool(), eager.visual_mask(student, inputs)
+    expected = eager.cosine_loss(weights_s, weights_t, alignment.matching, rows, columns)
+    (expected + 0.01 * out.loss).backward()
+    assert expected > 0.05
+    torch.testing.assert_close(alignment.loss(), expected, rtol=1e-5, atol=1e-6)
+    assert eager.relative_error(eager.gradients(student), eager.gradients(reference)) < 1e-4

@@ -12,7 +12,15 @@ from typing import Any
 import transformers as tf
 
 from .case import HEAD_DIM, IMAGE, Batch, Case, square_images
-from .llava import TEXTS, llava_next, llava_onevision, llava_over, tiles
+from .llava import (
+    TEXTS,
+    llava_next,
+    llava_onevision,
+    llava_over,
+    siglip_llama,
+    siglip_qwen3,
+    tiles,
+)
 from .others import (
     aya,
     gemma3,
@@ -35,6 +43,8 @@ __all__ = [
     "IMAGE",
     "LARGER_NEXT",
     "LONGER_VIDEO",
+    "SIGLIP_LLAMA",
+    "SIGLIP_QWEN3",
     "Batch",
     "Case",
     "onevision_of_many_tiles",
@@ -143,6 +153,10 @@ CASES: list[Case] = [
     ),
     Case("Llama 4", llama4, square_images(16, 4), note="chunked layers, NoPE, temperature tuning"),
 ]
+
+#: A pair as of CompoDistill: one tower's kind, other decoders, depths, heads and head sizes.
+SIGLIP_QWEN3 = Case("SigLIP + Qwen3", siglip_qwen3, square_images(12, 9))
+SIGLIP_LLAMA = Case("SigLIP + Llama", siglip_llama, square_images(12, 9))
 
 #: Teachers whose grids differ from those of the case that they are named after.
 LARGER_NEXT = Case("larger LLaVA-NeXT", partial(llava_next, side=16), tiles)

@@ -26,6 +26,31 @@ def llava_over(text: Callable[[], Any]) -> Callable[[int], Any]:
     return build
 
 
+def siglip_llava(seed: int, text: Any) -> Any:
+    """LLaVA over a SigLIP tower, which has no class token."""
+    return tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(
+            vision_config=siglip(),
+            text_config=text,
+            image_token_id=IMAGE,
+            image_seq_length=9,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
+    )
+
+
+def siglip_qwen3(seed: int) -> Any:
+    """The larger of two: 8 layers of 6 heads, 3 key heads, head size 16."""
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
+    return siglip_llava(seed, decoder(tf.Qwen3Config, num_hidden_layers=8, hidden_size=48, **heads))
+
+
+def siglip_llama(seed: int) -> Any:
+    """The smaller: 5 layers of 4 heads, 2 key heads, head size 8."""
+    return siglip_llava(seed, decoder(tf.LlamaConfig, num_hidden_layers=5))
+
+
 TEXTS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "llama": (lambda: decoder(tf.LlamaConfig), "sdpa", "GQA"),
     "qwen2": (lambda: decoder(tf.Qwen2Config), "sdpa", "GQA, biases"),
