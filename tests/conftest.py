@@ -16,6 +16,15 @@ settings.register_profile(
 settings.load_profile("ci")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the ``gpu`` mark are skipped where there is none."""
+    if torch.cuda.is_available() or torch.xpu.is_available():  # ROCm answers as CUDA
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA, ROCm or XPU device"))
+
+
 @pytest.fixture(autouse=True)
 def fixed_randomness() -> None:
     torch.manual_seed(0)
