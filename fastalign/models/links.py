@@ -1,10 +1,10 @@
 """The operator through which a compiled layer reaches its tap, at run time.
 
 A tap is Python: it may not be traced, and a graph break would end ``fullgraph=True``. A compiled layer
-therefore calls ``fastalign::see``, an operator of q, k and the number of the layer's link, whose result is
-the layer's loss. Its kernel calls the tap, forms the loss and the gradients by q and k on the spot, as
-an eager layer does, and files the gradients under the link's number; its backward multiplies them by
-the upstream gradient. The number is a tensor: layers share compiled code, and constants in it.
+therefore calls ``fastalign::see``, an operator of q, k, the sinks and the number of the layer's link, whose
+result is the layer's loss. Its kernel calls the tap, forms the loss and its gradients on the spot, as an
+eager layer does, and files the gradients under the link's number; its backward multiplies them by the
+upstream gradient. The number is a tensor: layers share compiled code, and constants in it.
 
 The loss leaves the compiled code as an attribute of the link. Under gradient checkpointing the operator
 runs again, finds no tap, and its backward finds the filed gradients.
@@ -58,7 +58,7 @@ class Link:
 
 
 class _Filed:
-    """The tap of a link, and the gradients that it formed: by query, key and parameter."""
+    """The tap of a link, and the gradients that it formed: by query, key, parameter and sinks."""
 
     def __init__(
         self, module: nn.Module, see: Callable[[Call], Tensor | None], parameter: Tensor | None
@@ -108,9 +108,9 @@ def show_compiled(module: nn.Module, call: Call) -> None:
         call.query,
         call.key,
         link.parameter,
+        call.sinks,
         link.number,
         mask,
-        call.sinks,
         call.positions,
         call.starts,
         call.lse,
@@ -122,19 +122,20 @@ def show_compiled(module: nn.Module, call: Call) -> None:
         call.mask is not None,
         call.grad,
         call.query.requires_grad or call.key.requires_grad,
+        call.sinks is not None and call.sinks.requires_grad,
     )
 
 
 torch.library.define(
     "fastalign::see",
-    "(Tensor query, Tensor key, Tensor? parameter, Tensor number, Tensor? mask, Tensor? sinks, "
+    "(Tensor query, Tensor key, Tensor? parameter, Tensor? sinks, Tensor number, Tensor? mask, "
     "Tensor? positions, Tensor? starts, Tensor? lse, float? scaling, float? softcap, int? window, "
-    "bool causal, bool flash, bool masked, bool grad, bool wanted) -> Tensor",
+    "bool causal, bool flash, bool masked, bool grad, bool wanted, bool sinks_wanted) -> Tensor",
 )
 torch.library.define(
     "fastalign::see_backward",
-    "(Tensor upstream, Tensor number, Tensor query, Tensor key, Tensor? parameter) "
-    "-> (Tensor, Tensor, Tensor)",
+    "(Tensor upstream, Tensor number, Tensor query, Tensor key, Tensor? parameter, Tensor? sinks) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -143,9 +144,9 @@ def _see(
     query: Tensor,
     key: Tensor,
     parameter: Tensor | None,
+    sinks: Tensor | None,
     number: Tensor,
     mask: Tensor | None,
-    sinks: Tensor | None,
     positions: Tensor | None,
     starts: Tensor | None,
     lse: Tensor | None,
@@ -157,17 +158,21 @@ def _see(
     masked: bool,
     grad: bool,
     wanted: bool,
+    sinks_wanted: bool,
 ) -> Tensor:
     """The loss of the layer, 0 where nobody asked.
 
     Beyond what ``Call`` says: ``masked``, whether there was a mask, of whatever kind; ``grad``, whether
-    gradients are enabled at the call; ``wanted``, whether query or key need them.
+    gradients are enabled at the call; ``wanted``, whether query or key need them; ``sinks_wanted``,
+    whether the sinks do.
     """
     loss = _scalar(query).zero_()
     filed = _files.get(int(number))
     if filed is None or filed.see is None or torch._C._current_graph_task_id() != -1:
         return loss
     query, key = (x.detach().requires_grad_(grad and wanted) for x in (query, key))
+    if sinks is not None:
+        sinks = sinks.detach().requires_grad_(grad and sinks_wanted)
     with _autograd(grad):
         result = filed.see(
             Call(
@@ -191,12 +196,11 @@ def _see(
         if result is None:
             return loss
         if result.requires_grad:
-            leaves = [x for x in (query, key, filed.parameter) if x is not None and x.requires_grad]
+            inputs = (query, key, filed.parameter, sinks)
+            needs = [x is not None and x.requires_grad for x in inputs]
+            leaves = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
             found = iter(torch.autograd.grad(result, leaves))
-            filed.gradients = tuple(
-                next(found) if x is not None and x.requires_grad else None
-                for x in (query, key, filed.parameter)
-            )
+            filed.gradients = tuple(next(found) if need else None for need in needs)
     return loss.copy_(result.detach())
 
 
@@ -210,9 +214,7 @@ torch.library.register_fake("fastalign::see", _scalar)
 
 
 @torch.library.impl("fastalign::see_backward", "default")
-def _see_backward(
-    upstream: Tensor, number: Tensor, query: Tensor, key: Tensor, parameter: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _see_backward(upstream: Tensor, number: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
     filed = _files.get(int(number))
     if filed is None and bool(upstream != 0):
         raise RuntimeError(
@@ -220,8 +222,8 @@ def _see_backward(
             "the backward; allowed: backward while the step's loss is alive"
         )
     found = () if filed is None else filed.gradients
-    given: list[Tensor | None] = [*found, *[None] * (3 - len(found))]
-    outputs = _like(upstream, number, query, key, parameter)
+    given: list[Tensor | None] = [*found, *[None] * (len(inputs) - len(found))]
+    outputs = _like(upstream, number, *inputs)
     for out, gradient in zip(outputs, given, strict=True):
         if gradient is None:
             out.zero_()
@@ -230,30 +232,29 @@ def _see_backward(
     return outputs
 
 
-def _like(
-    upstream: Tensor, number: Tensor, query: Tensor, key: Tensor, parameter: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by query, key and parameter, not yet written, contiguous whatever the inputs are."""
-    like = (query, key, upstream if parameter is None else parameter)
-    q, k, p = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like)
-    return q, k, p
+def _like(upstream: Tensor, number: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients by query, key, parameter and sinks, not yet written, contiguous whatever the inputs are.
+
+    Those by what does not exist are there, too, and have one element.
+    """
+    like = (upstream if x is None else x for x in inputs)
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like)
 
 
 torch.library.register_fake("fastalign::see_backward", _like)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, parameter, number = inputs[:4]
+    query, key, parameter, sinks, number = inputs[:5]
     ctx.count = len(inputs)
-    ctx.save_for_backward(query, key, number, *([] if parameter is None else [parameter]))
+    ctx.save_for_backward(number, query, key, parameter, sinks)
 
 
 def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-    query, key, number, *rest = ctx.saved_tensors
-    parameter = rest[0] if rest else None
-    q, k, p = torch.ops.fastalign.see_backward(upstream, number, query, key, parameter)
-    nothing = (None,) * (ctx.count - 3)
-    return (q, k, p if rest else None, *nothing)
+    number, *inputs = ctx.saved_tensors
+    found = torch.ops.fastalign.see_backward(upstream, number, *inputs)
+    gradients = (g if x is not None else None for g, x in zip(found, inputs, strict=True))
+    return (*gradients, *(None,) * (ctx.count - len(inputs)))
 
 
 torch.library.register_autograd("fastalign::see", _differentiate, setup_context=_setup_context)

@@ -195,7 +195,6 @@ class Step:
             "row_weight": self.rows.weight,
             "scale_s": state.scale,
             "softcap_s": state.softcap,
-            "sink_s": state.sinks,
             "lse_s": state.lse,
             "spec": self.owner.spec,
             "backend": self.owner.backend,
@@ -204,8 +203,12 @@ class Step:
         arguments.update(self._target(layer, state, teachers))
         if not self._joint_softmax:  # what the model's attention normalised with is of no use
             arguments.update(dict.fromkeys(("lse_s", "lse_t")))
+        sinks = state.sinks
+        if self.owner.spec.normalize == "none":  # scores have no softmax that sinks could join
+            sinks = None
+            arguments.pop("sink_t", None)
         mix = None if self.owner.mix is None else self.owner.mix[str(layer)]
-        return form_loss(partial(_call_core, arguments), state.q, state.k, mix)
+        return form_loss(partial(_call_core, arguments), state.q, state.k, mix, sinks)
 
     def _target(self, layer: int, state: LayerState, teachers: list[LayerState]) -> dict[str, Any]:
         """The teacher's side: q and k where one call of the core can express it, else its map.
@@ -279,8 +282,10 @@ class Step:
         self.teacher_states.clear()
 
 
-def _call_core(arguments: dict[str, Any], q: Tensor, k: Tensor, mix: Tensor | None) -> Tensor:
-    return fused_attn_align_loss(q, k, mix=mix, **arguments)
+def _call_core(
+    arguments: dict[str, Any], q: Tensor, k: Tensor, mix: Tensor | None, sinks: Tensor | None
+) -> Tensor:
+    return fused_attn_align_loss(q, k, mix=mix, sink_s=sinks, **arguments)
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -138,7 +138,7 @@ def _recorder(
         mask = mask == 0
     scores = scores.masked_fill(~mask, -1e30)
     if kwargs.get("s_aux") is not None:
-        sinks = kwargs["s_aux"].detach().to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        sinks = kwargs["s_aux"].to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)

@@ -68,8 +68,6 @@ def measure(case: Case, *, left: bool, checkpointing: bool) -> Result:
     loss_ref = eager_loss(reference, weights_t, inputs)
     loss_ref.backward()
     ours, theirs = eager.gradients(student), eager.gradients(reference)
-    for name in [name for name in theirs if name.endswith(".sinks")]:
-        del ours[name], theirs[name]  # the core gives the sinks no gradient
     return Result(
         map=error,
         loss=float((loss - loss_ref).detach().abs() / loss_ref.detach().abs()),
@@ -217,8 +215,8 @@ the reference itself moves by up to {noise:.1e}.
 """
 
 FOOTER = """
-Attention sinks (GPT-OSS) take part in the softmax; the alignment gives the sink logits themselves no
-gradient, and the comparison above leaves them out. Qwen3.5's linear-attention layers have no map.
+Attention sinks (GPT-OSS) take part in the softmax and get their gradient. Qwen3.5's linear-attention
+layers have no map.
 Gemma 3 and 4 hide keys beyond the sliding window even inside an image; where an image is longer than
 the window, this cannot be stated to the loss, and the step is refused. Flash attention, FlexAttention,
 compiled layers and other patch grids: [capture.md](capture.md).
