@@ -4,10 +4,11 @@
 LLaVA models over a Llama decoder of 4 layers, 16 heads of 64, aligns every layer, and prints one line of
 CSV for each setting. The step is the teacher's forward, the student's forward and backward; *none* is
 the same step without alignment. Peak memory is the most bytes of tensors alive at once (torch's own
-allocation records), beyond what was there before the step. Time is the median of CPU seconds of all
-threads, which a machine shared with others distorts least, and its ratio the median over rounds, in each
-of which every setting runs once. Ratios are to the first setting of ``--rows``. *eager_weights* is
-arithmetic: what the eager way adds at least, float32 weights of both models at every layer.
+allocation records), beyond what was there before the step, plus the most that the C++ kernels held of
+their own. Time is the median of CPU seconds of all threads, which a machine shared with others distorts
+least, and its ratio the median over rounds, in each of which every setting runs once. Ratios are to the
+first setting of ``--rows``. *eager_weights* is arithmetic: what the eager way adds at least, float32
+weights of both models at every layer.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.llava import IMAGE, build_llava
-from benchmarks.memory import peak_bytes
+from benchmarks.memory import step_bytes
 from fastalign.models import AttentionAlignment
 
 VOCABULARY, PATCHES = 64, 256
@@ -63,6 +64,22 @@ def batch(tokens: int, response: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "pixel_values": pixels, "use_cache": False}  # type: ignore[dict-item]
 
 
+def step(
+    student: Any, teacher: Any, inputs: dict[str, Tensor], alignment: AttentionAlignment | None
+) -> None:
+    """The teacher's forward, the student's forward and backward, with alignment or without."""
+    if alignment is None:
+        with torch.no_grad():
+            teacher(**inputs)
+        student(**inputs).loss.backward()
+        return
+    with alignment.step(inputs):
+        with torch.no_grad():
+            teacher(**inputs)
+        out = student(**inputs)
+    (out.loss + alignment.loss()).backward()
+
+
 COLUMNS = (
     *("tokens", "rows", "peak_mib", "peak_ratio", "cpu_s", "time_ratio", "steps"),
     *("eager_weights_mib", "threads", "device", "version"),
@@ -87,18 +104,6 @@ def main() -> None:
         for rows in arguments.rows
     }
 
-    def step(alignment: AttentionAlignment | None, inputs: dict[str, Tensor] = inputs) -> None:
-        if alignment is None:
-            with torch.no_grad():
-                teacher(**inputs)
-            student(**inputs).loss.backward()
-            return
-        with alignment.step(inputs):
-            with torch.no_grad():
-                teacher(**inputs)
-            out = student(**inputs)
-        (out.loss + alignment.loss()).backward()
-
     def clean() -> None:
         """Nothing of an earlier step is left, so that its release does not count as this one's."""
         student.zero_grad()
@@ -106,21 +111,22 @@ def main() -> None:
             if alignment is not None:
                 alignment.release()
 
+    run = partial(step, student, teacher)
     for alignment in alignments.values():
-        step(alignment, batch(2 * PATCHES, PATCHES // 2))  # imports, kernels, thread pools
+        run(batch(2 * PATCHES, PATCHES // 2), alignment)  # imports, kernels, thread pools
     times: dict[str, list[float]] = {rows: [] for rows in alignments}
     for _ in range(arguments.repeat):  # in turn, so that a busy machine is as busy for each
         for rows, alignment in alignments.items():
             clean()
             start = time.process_time()
-            step(alignment)
+            run(inputs, alignment)
             times[rows].append(time.process_time() - start)
             print(f"{rows}: {times[rows][-1]:.1f} s", file=sys.stderr, flush=True)
     peaks = dict.fromkeys(alignments, math.nan)
     for rows, alignment in alignments.items():
         if not arguments.no_memory:
             clean()
-            peaks[rows] = peak_bytes(partial(step, alignment)) / 2**20
+            peaks[rows] = step_bytes(partial(run, inputs, alignment)) / 2**20
     first, lines = next(iter(alignments)), []
     for rows in alignments:
         pairs = [t / base for t, base in zip(times[rows], times[first], strict=True)]
