@@ -60,11 +60,13 @@ class Family:
             >= 0 see each other both ways on layers of that type (``"full_attention"``, ...).
         needs: entries that a batch with images must have; without them positions or masks would
             silently be others.
+        cut_blocks: whether a sliding window hides keys of the row's own block, too, if they lie before it.
     """
 
     model_types: tuple[str, ...]
     blocks: Callable[[Any, Inputs, str], Tensor | None] = _causal
     needs: tuple[str, ...] = ()
+    cut_blocks: bool = False
 
 
 FAMILIES: dict[str, Family] = {}
@@ -86,8 +88,8 @@ for _family in (
     Family(("internvl", "idefics3", "smolvlm", "aya_vision")),
     Family(("mistral3",), needs=("image_sizes",)),
     Family(("paligemma",), blocks=_paligemma_blocks),
-    Family(("gemma3",), blocks=_gemma3_blocks),
-    Family(("gemma4",), blocks=_gemma4_blocks),
+    Family(("gemma3",), blocks=_gemma3_blocks, cut_blocks=True),
+    Family(("gemma4",), blocks=_gemma4_blocks, cut_blocks=True),
     Family(("llama4",)),
 ):
     register_family(_family)

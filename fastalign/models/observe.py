@@ -39,7 +39,7 @@ def state_of(
         softcap=call.softcap,
         sinks=call.sinks,
         lse=_joint_lse(call, rows),
-        visibility=layer_visibility(view, layer, call, tokens, inputs),
+        visibility=layer_visibility(view, layer, call, tokens, inputs, rows.positions),
     )
 
 
@@ -80,7 +80,7 @@ def observe(
 
     def tap(layer: int, call: Call) -> None:
         state = state_of(view, layer, call, tokens, choice, inputs)
-        check_mask(view, layer, state.visibility, call)
+        check_mask(view, layer, state.visibility, call, inputs)
         see(layer, state.detach(), choice, tokens)
 
     taps: dict[nn.Module, Tap] = {view.attentions[i]: Tap(partial(tap, i)) for i in chosen}

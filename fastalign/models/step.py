@@ -177,7 +177,7 @@ class Step:
         state = state_of(view, layer, call, tokens, rows, self.inputs[view.role])
         checked = (view.role, layer, self.kind)
         if self.owner.check_masks and checked not in self.owner._checked:
-            check_mask(view, layer, state.visibility, call)
+            check_mask(view, layer, state.visibility, call, self.inputs[view.role])
             self.owner._checked.add(checked)
         return state
 

@@ -17,7 +17,7 @@ CHECKED_ROWS = 256
 
 
 def layer_visibility(
-    view: ModelView, layer: int, call: Call, tokens: Tokens, inputs: Inputs
+    view: ModelView, layer: int, call: Call, tokens: Tokens, inputs: Inputs, positions: Tensor
 ) -> Visibility:
     """The visibility of one decoder layer.
 
@@ -27,9 +27,12 @@ def layer_visibility(
     attention gets no such mask: it has neither blocks nor chunks, whatever the family, and finds
     packed sequences by itself.
 
+    Args:
+        positions: [B, R] the rows that the visibility is for, -1: none.
+
     Raises:
         ValueError: flash attention asked for what it would leave out (chunks), or for packed sequences
-            that run over the end of a sample.
+            that run over the end of a sample; rows in a block that the layer's window cuts.
     """
     kind = view.layer_type(layer)
     chunked = kind == "chunked_attention"
@@ -45,6 +48,10 @@ def layer_visibility(
         segments = tokens.segments
         blocks = view.family.blocks(view.config, inputs, kind)
         causal = call.causal or call.mask is not None
+        cut = _cut(view, blocks, call)
+        if blocks is not None and cut is not None:
+            _refuse_cut_rows(view, layer, call, blocks, cut, positions)
+            blocks = torch.where(cut, -1, blocks)  # which matter to their own rows alone
     if segments is None:
         segments = torch.zeros_like(tokens.valid, dtype=torch.int64)
     if chunked and not call.flash:
@@ -60,6 +67,39 @@ def layer_visibility(
         blocks=None if blocks is None else blocks.to(torch.int32),
         causal=causal,
         window=call.window or 0,
+    )
+
+
+def _cut(view: ModelView, blocks: Tensor | None, call: Call) -> Tensor | None:
+    """[B, L] bool: tokens of blocks longer than the window, of which a row does not see all; None: none.
+
+    The loss knows blocks that see themselves as a whole.
+    """
+    if blocks is None or not call.window or not view.family.cut_blocks:
+        return None
+    ids = blocks.long() + 1  # 0: in no block
+    sizes = torch.zeros(len(ids), int(ids.max()) + 1, dtype=torch.int64, device=ids.device)
+    sizes.scatter_add_(1, ids, torch.ones_like(ids))
+    cut = (sizes.gather(1, ids) > call.window) & (ids > 0)
+    return cut if bool(cut.any()) else None
+
+
+def _refuse_cut_rows(
+    view: ModelView, layer: int, call: Call, blocks: Tensor, cut: Tensor, positions: Tensor
+) -> None:
+    at = positions.to(cut.device)
+    rows = cut.gather(1, at.clamp(min=0)) & (at >= 0)
+    if not bool(rows.any()):
+        return
+    size = max(
+        int((block == block[here][0]).sum())
+        for block, here in zip(blocks, cut, strict=True)
+        if here.any()
+    )
+    raise ValueError(
+        f"{view.role} layer {layer} has a sliding window of {call.window}, and rows holds tokens of an "
+        f"image of {size}, whose later tokens do not see its first (the loss cannot state that); allowed "
+        "for such images: rows without visual tokens ('text', 'instruction', 'response', 'last')"
     )
 
 
@@ -100,14 +140,16 @@ def same_visibility(a: Visibility, b: Visibility) -> bool:
     return torch.equal(a.segments, b.segments)
 
 
-def check_mask(view: ModelView, layer: int, visibility: Visibility, call: Call) -> None:
+def check_mask(
+    view: ModelView, layer: int, visibility: Visibility, call: Call, inputs: Inputs
+) -> None:
     """Compare the rebuilt visibility with the mask that the model made itself.
 
     Args:
         call: its mask is bool [B or 1, 1 or H, T, T], float of that shape (hidden where very negative),
             [B, T] padding, a BlockMask, or None (purely causal, nothing padded); other kinds are not
-            looked at. At most ``CHECKED_ROWS`` rows, evenly spread, are compared; padding rows are not.
-            Flash attention's tells of padding alone.
+            looked at. At most ``CHECKED_ROWS`` rows, evenly spread, are compared; padding rows are not,
+            nor those in blocks that the window cuts. Flash attention's tells of padding alone.
 
     Raises:
         RuntimeError: they differ: the loss would be of another attention than the model's.
@@ -137,6 +179,10 @@ def check_mask(view: ModelView, layer: int, visibility: Visibility, call: Call) 
         else:
             return
         wrong = (mine != theirs) & valid[:, rows, None]
+        blocks = view.family.blocks(view.config, inputs, view.layer_type(layer))
+        cut = _cut(view, blocks, call)
+        if cut is not None:
+            wrong = wrong & ~cut.to(device)[:, rows, None]
     if bool(wrong.any()):
         raise RuntimeError(
             f"{view.role} layer {layer} ({view.config.model_type}, {view.layer_type(layer)}): the "

@@ -217,8 +217,8 @@ the reference itself moves by up to {noise:.1e}.
 FOOTER = """
 Attention sinks (GPT-OSS) take part in the softmax and get their gradient. Qwen3.5's linear-attention
 layers have no map.
-Gemma 3 and 4 hide keys beyond the sliding window even inside an image; where an image is longer than
-the window, this cannot be stated to the loss, and the step is refused. Flash attention, FlexAttention,
+Gemma 3 and 4 hide keys before the sliding window even inside an image: rows inside an image longer than the
+window are refused, others are not. Flash attention, FlexAttention,
 compiled layers and other patch grids: [capture.md](capture.md).
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -81,17 +83,53 @@ def test_a_missing_output_of_the_processor_is_refused() -> None:
             visual_attention(model, inputs)
 
 
-def test_a_long_image_in_a_short_window_is_refused() -> None:
-    """Gemma 3 hides keys of the same image beyond the window; the descriptors say otherwise."""
-    case = next(case for case in CASES if case.name == "Gemma 3")
-    model = case.model()
+def with_short_window(case: Case, seed: int) -> Any:
+    """Images of 4 tokens, whose last does not see their first."""
+    model = case.model(seed)
     model.config.text_config.sliding_window = 3
     for layer in model.get_decoder().layers:
         if layer.self_attn.sliding_window:
             layer.self_attn.sliding_window = 3
-    inputs = case.batch(model, left=False)
-    with pytest.raises(RuntimeError, match=r"layer 0 .* differs from the model's mask"):
-        visual_attention(model, inputs)
+    return model
+
+
+def run(alignment: AttentionAlignment, student: Any, teacher: Any, inputs: Any) -> None:
+    with alignment.step(inputs):
+        with torch.no_grad():
+            teacher(**inputs)
+        student(**inputs)
+
+
+@pytest.mark.parametrize("name", ["Gemma 3", "Gemma 4, bidirectional"])
+def test_an_image_longer_than_the_window(name: str) -> None:
+    """Its own rows are refused, at every step; other rows see no block, and are right."""
+    case = next(case for case in CASES if case.name == name)
+    student, teacher = with_short_window(case, 2).train(), with_short_window(case, 1)
+    inputs = case.batch(student, left=False)
+    message = "student layer 0 has a sliding window of 3, and rows holds tokens of an image of 4"
+    for rows in ("all", "visual", "visual:2"):
+        alignment = AttentionAlignment(
+            student, teacher, layers={0: 1}, rows=rows, check_masks=False
+        )
+        with pytest.raises(ValueError, match=message):
+            run(alignment, student, teacher, inputs)
+    with pytest.raises(ValueError, match=r"teacher layer 0 .* rows without visual tokens"):
+        visual_attention(teacher, inputs)
+
+    reference, teacher_ref = eager.eager_copy(student), eager.eager_copy(teacher)
+    alignment = AttentionAlignment(student, teacher, layers="all", rows="text")
+    run(alignment, student, teacher, inputs)
+    alignment.loss().backward()
+    _, weights_s = eager.attentions(reference, inputs)
+    with torch.no_grad():
+        _, weights_t = eager.attentions(teacher_ref, inputs)
+    columns = eager.visual_mask(student, inputs)
+    rows = inputs["attention_mask"].bool() & ~columns
+    expected = eager.cosine_loss(weights_s, weights_t, alignment.matching, rows, columns)
+    expected.backward()
+    assert expected > 0.02
+    torch.testing.assert_close(alignment.loss(), expected, rtol=1e-4, atol=1e-6)
+    assert eager.relative_error(eager.gradients(student), eager.gradients(reference)) < 1e-4
 
 
 def test_a_hybrid_model_is_matched_over_its_attention_layers() -> None:
