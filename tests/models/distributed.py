@@ -1,6 +1,6 @@
 """Two gloo processes: gradients under DDP and FSDP2 against one process. Run by test_distributed.
 
-``python -m tests.models.distributed ddp|fsdp RANK FILE`` is one of the two.
+``python -m tests.models.distributed ddp|fsdp|fsdp-compiled RANK FILE`` is one of the two.
 """
 
 from __future__ import annotations
@@ -64,10 +64,15 @@ def main(kind: str, rank: int, store: str) -> None:
 
         mesh = init_device_mesh("cpu", (2,))
         for layer in student.get_decoder().layers:
+            if kind == "fsdp-compiled":
+                layer.compile(backend="aot_eager")
             fully_shard(layer, mesh=mesh)
         fully_shard(student, mesh=mesh)
     alignment = AttentionAlignment(wrapped, teacher)
     loss_of(alignment, wrapped, teacher, batches()[rank]).backward()
+    assert alignment._step is not None
+    ran = {type(loss.grad_fn).__name__ for loss in alignment._step.losses.values()}
+    assert ran == {"CompiledFunctionBackward" if kind == "fsdp-compiled" else "_FormedBackward"}
     difference, size = 0.0, 0.0
     for name, parameter in student.named_parameters():
         if name not in expected:

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 with two gloo processes: gradients equal those of one process."""
+"""DDP and FSDP2 with two gloo processes, layers checkpointed: gradients equal those of one process."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "kind", ["ddp", "fsdp", pytest.param("fsdp-compiled", marks=pytest.mark.slow)]
+)
 def test_two_processes(kind: str, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.models.distributed", kind]
     ranks = [
