@@ -3,8 +3,9 @@
 The correctness gate comes first: a provider whose loss or gradients are off gets no figure, and the exit
 code is 1. Providers are then interleaved, so that a ratio compares neighbours in time. One row of the CSV
 per shape, provider and metric (``benchmarks.table``): milliseconds (p20, p50, p80), peak MiB of tensors and
-workspace, peak resident set, the factor over the fastest peer (paired within rounds), and the measured
-roofline over the time. A provider that does not fit or does not apply is left out with its reason.
+workspace, peak resident set, the factor over the fastest peer (paired within rounds), and over the time
+the measured roofline: the larger of products and exponentials, or both in turn. A provider that does not
+fit or does not apply is left out with its reason.
 """
 
 from __future__ import annotations
@@ -98,12 +99,13 @@ class Bench:
                 self.outcome.red.append((name, provider, wrong))
                 del steps[provider]
         times = rounds(steps, self._clock, self.options.rounds, self.options.seconds)
-        floor = 1e3 * max(self._rates.floor_seconds(shape, mode))
+        floors = [1e3 * x for x in self._rates.floor_seconds(shape, mode)]
         peers = [p for p in PEERS if p in times]
         best = min(peers, key=lambda p: statistics.median(times[p])) if peers else None
         for provider, taken in times.items():
             self._result(name, mode, provider, "time_ms", taken)
-            self._result(name, mode, provider, "roofline", [floor / t for t in taken])
+            self._result(name, mode, provider, "roofline", [max(floors) / t for t in taken])
+            self._result(name, mode, provider, "in_turn", [sum(floors) / t for t in taken])
             if best:
                 paired = zip(times[best], taken, strict=False)  # a slow one has fewer rounds
                 factors = [b / t for b, t in paired]

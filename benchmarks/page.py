@@ -137,6 +137,7 @@ def _ours(results: Results) -> str:
         best = min(timed, key=lambda p: results.get(shape, "fwd+bwd", p, "time_ms").p50)  # type: ignore[union-attr]
         factor = results.factor(shape, "fwd+bwd", best)
         roofline = results.get(shape, "fwd+bwd", best, "roofline")
+        in_turn = results.get(shape, "fwd+bwd", best, "in_turn")
         assert roofline is not None
         lines.append([
             shape,
@@ -145,9 +146,19 @@ def _ours(results: Results) -> str:
             "–" if factor is None else NAMES[factor.metric.removeprefix("factor_over_")],
             f"{REQUIRED[shape]}" if shape in REQUIRED else "",
             f"{roofline.p50:.0%}",
+            "–" if in_turn is None else f"{in_turn.p50:.0%}",
             _number(SHAPES[shape].input_bytes() / 2**20),
         ])  # fmt: skip
-    head = ["shape", "ours", "factor", "over", "required", "of the roofline", "inputs, MiB"]
+    head = [
+        "shape",
+        "ours",
+        "factor",
+        "over",
+        "required",
+        "of the roofline",
+        "in turn",
+        "inputs, MiB",
+    ]
     return _table(head, lines)
 
 

@@ -25,8 +25,10 @@ class Row:
     Attributes:
         kernel: what is computed ("align"; "machine" for the machine's own ceilings).
         mode: a key of ``modes.MODES``.
-        metric: "time_ms", "peak_mib" (tensors and workspace), "rss_mib", "roofline" (its time over the
-            provider's), "factor_over_<peer>" (rounds paired), "error", or "left_out" with a note.
+        metric: "time_ms", "peak_mib" (tensors and workspace), "rss_mib", "roofline" (the larger of the
+            machine's times for the products and for the exponentials, over the provider's), "in_turn"
+            (their sum, over the provider's), "factor_over_<peer>" (rounds paired), "error", or "left_out"
+            with a note.
         x: visual tokens. p20, p50, p80: percentiles over n.
     """
 

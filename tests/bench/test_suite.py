@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import page, plot, providers, rehearsal, table
+from benchmarks import page, phases, plot, providers, rehearsal, table
 from benchmarks.alignment import Options, run
 from benchmarks.case import Case
+from benchmarks.ceilings import Ceilings
 from benchmarks.clock import CudaClock, rounds, spread
 from benchmarks.gate import check, error
 from benchmarks.modes import MODES
@@ -91,7 +94,7 @@ def test_the_command_writes_the_table(tmp_path: Path) -> None:
     kinds = {(row.provider, row.metric) for row in rows if row.shape == "tiny"}
     factor = "factor_over_eager_rows"
     for provider in ("eager_rows", "cpu"):
-        for metric in ("time_ms", "roofline", "peak_mib", factor):
+        for metric in ("time_ms", "roofline", "in_turn", "peak_mib", factor):
             assert (provider, metric) in kinds
     (left,) = (row for row in rows if row.metric == "left_out")
     assert (left.provider, left.note) == ("flex_identity", "FlexAttention has no backward on CPUs")
@@ -205,6 +208,7 @@ def results(tmp_path: Path) -> Path:
             ("time_ms", factor * SHAPES[name].visual / 100),
             ("peak_mib", factor * SHAPES[name].visual / 500),
             ("roofline", 0.5 / factor),
+            ("in_turn", 0.7 / factor),
             ("factor_over_eager_rows", 4.0 / factor),
         )
     ]  # fmt: skip
@@ -223,7 +227,7 @@ def test_page_and_picture_follow_the_table(tmp_path: Path) -> None:
     assert text.endswith(f"{page.END}\nafter\n")
     assert "old" not in text
     assert "## Test machine" in text
-    assert "| sweep-256 | cpu | 4.00 [3.60, 4.40] | eager, compared rows |  | 50% |" in text
+    assert "| sweep-256 | cpu | 4.00 [3.60, 4.40] | eager, compared rows |  | 50% | 70% |" in text
     assert page.page(text, [path]) == text
     plot.draw(table.read(path), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -242,6 +246,25 @@ def test_the_fit_finds_a_line() -> None:
     a, b = line(work, [3 + 0.5 * w for w in work])
     assert (a, b) == pytest.approx((3, 0.5))
     assert exponent(work, [2 * w**1.5 for w in work]) == pytest.approx(1.5)
+
+
+def test_phases_add_up_to_the_step() -> None:
+    times = phases.phases(SMALL, repeats=3)
+    assert set(times) == {"select rows and keys", "maps", "gradients", "scale gradients", "whole"}
+    assert all(took > 0 for took in times.values())
+    assert sum(times.values()) <= 3 * times["whole"]  # medians, each of its own rounds
+    rates = Ceilings({"float32": 1e12}, 1e10, 1e10)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(phases.table(SHAPES["long-d64"], {**times, "whole": 80.0, "maps": 30.0}, rates))
+    lines = {
+        line.split("│")[1].strip(): line
+        for line in console.export_text().splitlines()
+        if "│" in line
+    }
+    products, exponentials = rates.floor_seconds(SHAPES["long-d64"])
+    assert f"{1e3 * products:.2f}" in lines["whole"]
+    assert f"{1e3 * exponentials:.2f}" in lines["maps"]
+    assert "30.00" in lines["maps"]
 
 
 def test_a_rehearsal_runs_the_gpu_path_in_the_interpreter() -> None:
