@@ -210,7 +210,7 @@ class AttentionAlignment:
         inputs: Inputs,
         *,
         teacher_inputs: Inputs | None = None,
-        samples: Sequence[int] | None = None,
+        samples: Sequence[int | str] | None = None,
     ) -> Iterator[Step]:
         """Run the teacher, then the student, inside; with a ``TeacherCache`` the student alone.
 
@@ -218,7 +218,8 @@ class AttentionAlignment:
             inputs: the batch, as it is given to the student: input_ids, attention_mask, labels
                 where rows need them, and whatever else the processor made.
             teacher_inputs: the teacher's batch where it is another one. None: the same.
-            samples: with a ``TeacherCache``, the recorded sample of each sample of the batch.
+            samples: with a ``TeacherCache``, the recorded sample of each sample of the batch, by its
+                number or, where names were recorded, by its name.
 
         Raises:
             ValueError: the batches do not fit each other, or lack something.

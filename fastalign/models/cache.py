@@ -150,6 +150,20 @@ class TeacherCache:
 
     # ---------------------------------------------------------------- for a step
 
+    def numbered(self, samples: Sequence[int | str]) -> list[int]:
+        """Samples by number, of which some may be given by name.
+
+        Raises:
+            ValueError: a name that was not recorded.
+        """
+        for sample in samples:
+            if isinstance(sample, str) and sample not in self.numbers:
+                raise ValueError(
+                    f"samples holds {sample!r}; allowed: numbers, or names that were recorded "
+                    f"({len(self.numbers)} were)"
+                )
+        return [self.numbers[x] if isinstance(x, str) else x for x in samples]
+
     def check_samples(self, samples: Sequence[int], inputs: Inputs, tokens: Tokens) -> None:
         """Raises: ValueError: samples that are not recorded, or were recorded of other tokens."""
         if len(samples) != len(tokens.valid):

@@ -46,6 +46,7 @@ def record_teacher(
     dtype: torch.dtype = torch.float32,
     shard_samples: int = 1024,
     generator: torch.Generator | None = None,
+    names: Callable[[Inputs], Sequence[str]] | None = None,
 ) -> TeacherCache:
     """Run the teacher over ``batches`` and store its targets, sample by sample.
 
@@ -63,9 +64,12 @@ def record_teacher(
         temperature: divides the logits before their softmax.
         dtype: of what is stored (maps and log-probabilities): float32, float16 or bfloat16.
         shard_samples: samples in a file.
+        names: gives the samples of a batch their names, by which ``step(samples=...)`` may ask for them.
+            Hashes of text and pictures tell apart what has the same tokens. None: numbers alone.
 
     Raises:
-        ValueError: a directory with files in it, arguments out of range, and what reading a batch raises.
+        ValueError: a directory with files in it, arguments out of range, names that are not one a sample
+            or were given before, and what reading a batch raises.
     """
     path = Path(path)
     if path.exists() and any(path.iterdir()):
@@ -85,8 +89,18 @@ def record_teacher(
         raise ValueError(f"shard_samples is {shard_samples!r}; allowed: at least 1")
     writer = ShardWriter(path, {"teacher": fingerprint(teacher), **recorder.facts()}, shard_samples)
     for batch in batches:
-        for tokens, record in recorder.record(batch):
-            writer.add(tokens, record)
+        found = recorder.record(batch)
+        called: Sequence[str | None] = [None] * len(found) if names is None else names(batch)
+        if len(called) != len(found):
+            raise ValueError(
+                f"names gives {len(called)} names for {len(found)} samples; allowed: one for each"
+            )
+        for (tokens, record), name in zip(found, called, strict=True):
+            if name in writer.contents:
+                raise ValueError(
+                    f"names gives {name!r} twice; allowed: another name for each sample"
+                )
+            writer.add(tokens, record, name)
             if writer.full:
                 writer.flush()
     return writer.finish()

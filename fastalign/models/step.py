@@ -46,7 +46,7 @@ class Step:
         alignment: AttentionAlignment,
         inputs: Inputs,
         teacher_inputs: Inputs | None,
-        samples: Sequence[int] | None,
+        samples: Sequence[int | str] | None,
     ) -> None:
         self.owner = alignment
         alignment.student.check_checkpointing(tuple(alignment.matching))
@@ -57,10 +57,10 @@ class Step:
         self.teacher_states: dict[int, LayerState] = {}
         self.uses: dict[int, int] = {}  # teacher layer -> student layers that still need it
         self.relation: Relation | None = None  # to a teacher whose tokens are others
-        self.samples = samples
+        self.samples: list[int] | None = None
         self.disturb: Disturb | None = None
         if alignment.cache is not None:
-            self.rows = self._recorded_rows(alignment.cache, inputs)
+            self.rows = self._recorded_rows(alignment.cache, inputs, samples)
         else:
             self.rows = choose_rows(
                 alignment.rows, self.tokens["student"], inputs, alignment.generator
@@ -68,12 +68,15 @@ class Step:
             self._expect_teacher(inputs if teacher_inputs is None else teacher_inputs)
         self.kind = frozenset(name for name, value in inputs.items() if value is not None)
 
-    def _recorded_rows(self, cache: TeacherCache, inputs: Inputs) -> RowChoice:
-        if self.samples is None:
+    def _recorded_rows(
+        self, cache: TeacherCache, inputs: Inputs, samples: Sequence[int | str] | None
+    ) -> RowChoice:
+        if samples is None:
             raise ValueError(
-                "samples is None; allowed with a TeacherCache: the number of the recorded sample of "
-                "each sample of the batch"
+                "samples is None; allowed with a TeacherCache: the number or name of the recorded "
+                "sample of each sample of the batch"
             )
+        self.samples = cache.numbered(samples)
         cache.check_samples(self.samples, inputs, self.tokens["student"])
         return cache.rows(self.samples, self.tokens["student"])
 

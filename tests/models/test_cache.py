@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,41 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         record(tmp_path / "u", teacher, entries=0)
     with pytest.raises(ValueError, match=r"spec has sink_sigma=1.0"):
         record(tmp_path / "u", teacher, spec="compodistill_code")
+
+
+def test_names_tell_apart_what_has_the_same_tokens(tmp_path: Path) -> None:
+    """Two samples of one text and other pictures: by name each gets its own target."""
+    teacher, student = tiny.llava(seed=1).eval(), tiny.llava(seed=2)
+    inputs = tiny.batch(images=(1, 1), lengths=(20, 20))
+    for name in ("input_ids", "labels"):
+        inputs[name][1] = inputs[name][0]
+
+    def names(batch: Any) -> list[str]:
+        return [hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in batch["pixel_values"]]
+
+    cache = record_teacher(tmp_path / "t", teacher, [inputs], matching=LAYERS, names=names)
+    assert cache.hashes[0] == cache.hashes[1] and len(cache.numbers) == 2
+    turned = {**inputs, "pixel_values": inputs["pixel_values"].flip(0)}
+    losses = []
+    for samples in ([0, 1], names(turned), [1, 0]):
+        alignment = AttentionAlignment(student, cache)
+        with alignment.step(turned, samples=samples):
+            student(**turned)
+        losses.append(alignment.loss().item())
+    assert losses[1] == losses[2] != losses[0]
+    with (
+        pytest.raises(ValueError, match=r"samples holds 'cat'; allowed: .* \(2 were\)"),
+        alignment.step(turned, samples=["cat", "dog"]),
+    ):
+        pass
+    with pytest.raises(ValueError, match="names gives 'x' twice"):
+        record_teacher(
+            tmp_path / "u", teacher, [inputs], matching=LAYERS, names=lambda batch: ["x", "x"]
+        )
+    with pytest.raises(ValueError, match="names gives 1 names for 2 samples"):
+        record_teacher(
+            tmp_path / "v", teacher, [inputs], matching=LAYERS, names=lambda batch: ["x"]
+        )
 
 
 def test_damage_is_found(tmp_path: Path) -> None:
