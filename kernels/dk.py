@@ -219,7 +219,7 @@ def dk(
 
 def _over(call: Call, side: Side, keys: KeyList, arguments: dict[str, Any]) -> None:
     """dk of one list of keys."""
-    tile = call.tile("dk", side.size)
+    tile = call.tile("dk", side.size, side.branches)
     # turned, key bounds, row vectors and the workspace's tile fill the registers: no second pipeline
     stages = 1 if tile.turned else tile.stages
     launch(

@@ -182,7 +182,7 @@ class HeadTensors:
 
 def dq(call: Call, side: Side, heads: HeadTensors, space: Workspace, out: Tensor) -> None:
     """Write dq of the workspace's rows into out [B, H, R, D], contiguous, zero elsewhere."""
-    tile = call.tile("dq", side.size)
+    tile = call.tile("dq", side.size, side.branches)
     count = space.end - space.start
     keys = max(call.lists.compared.count, call.lists.others.count if heads.others else 0)
     programs = blocks_of(count, tile.rows) * side.heads * call.batch

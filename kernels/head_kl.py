@@ -195,7 +195,8 @@ def head_kl(
     shape = (call.batch, student.heads, call.rows)
     lse_s = torch.zeros(shape, dtype=torch.float32, device=call.device)
     lse_t, out = torch.zeros_like(lse_s), torch.zeros_like(lse_s)
-    tile = call.tile("head_kl", max(student.size, teacher.size))
+    size = max(student.size, teacher.size)
+    tile = call.tile("head_kl", size, student.branches or teacher.branches)
     launch(
         _head_kl,
         lambda rows, _: (blocks_of(call.lists.row_count, rows), student.heads, call.batch),

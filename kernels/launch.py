@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from . import tuning
+from .branches import MIX, SCATTERED, SOFTCAP, WIDE, branch_tile
 from .configs import Tile, tile_for
 from .lists import KeyList, Lists
 
@@ -50,6 +51,11 @@ class Side:
     def size(self) -> int:
         """D."""
         return self.q.shape[3]
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Its branches (``branches``)."""
+        return (SOFTCAP,) if self.capped else ()
 
     def arguments(self, suffix: str) -> dict[str, Any]:
         """The kernel arguments that describe this side; ``suffix`` is "s" or "t"."""
@@ -126,11 +132,13 @@ class Call:
             "PRECISION": precision(self.dtype, architecture(self.device)),
         }
 
-    def tile(self, kernel: str, size: int) -> Tile:
-        """The configuration of a kernel for head size ``size``."""
+    def tile(self, kernel: str, size: int, branches: Sequence[str]) -> Tile:
+        """The configuration of a kernel for head size ``size``; branches: those that the call knows not."""
         variant = "logs" if self.logs else "scores" if self.scores else ""
-        target, each = architecture(self.device), self.heads == "each"
-        return tile_for(kernel, variant, target, size, self.dtype.itemsize, each)
+        own = {MIX: self.heads == "mix", WIDE: self.wide, SCATTERED: not self.lists.interval}
+        named = (*branches, *(name for name, on in own.items() if on))
+        what = (kernel, variant, architecture(self.device), size, self.dtype.itemsize)
+        return branch_tile(*what, named) or tile_for(*what, self.heads == "each")
 
     def multiprocessors(self) -> int:
         """How many programs run at once, about; what splitting few rows aims at."""

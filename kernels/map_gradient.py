@@ -168,7 +168,7 @@ class Upstream:
 
 def map_gradient(call: Call, maps: MapTensors, upstream: Upstream, space: Workspace) -> None:
     """Fill the workspace."""
-    tile = call.tile("map_gradient", maps.size)
+    tile = call.tile("map_gradient", maps.size, maps.branches)
     row_blocks = blocks_of(space.end - space.start, tile.rows)
     parts = 1
     if not maps.visual:

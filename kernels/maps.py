@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .branches import GIVEN, SINK_FILTER, SOFTCAP
 from .launch import Call, Side
 from .primitives import as_map, below_sinks, given_map, side_map
 
@@ -114,6 +115,13 @@ class MapTensors:
     def size(self) -> int:
         """The larger head size."""
         return max(self.student.size, 0 if self.teacher is None else self.teacher.size)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Its branches (``branches``)."""
+        capped = self.student.capped or (self.teacher is not None and self.teacher.capped)
+        has = {SOFTCAP: capped, SINK_FILTER: self.thresholds is not None, GIVEN: self.kind == "map"}
+        return tuple(name for name, on in has.items() if on)
 
     @property
     def kind(self) -> str:

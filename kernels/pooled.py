@@ -99,7 +99,7 @@ def pooled_sums(call: Call, maps: MapTensors, weight: Tensor, length: int) -> Te
     Args:
         weight: [B, R] fp32, contiguous. length: L.
     """
-    tile = call.tile("pooled_sums", maps.size)
+    tile = call.tile("pooled_sums", maps.size, maps.branches)
     columns = call.lists.compared.count
     programs = blocks_of(columns, tile.keys) * call.batch * call.groups
     most = blocks_of(call.lists.row_count, tile.rows)

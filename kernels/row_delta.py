@@ -135,7 +135,7 @@ def row_delta(call: Call, side: Side, lse: Tensor, space: Workspace, delta: Tens
         lse: [B, H, R] in log2, shares and normalisation folded in.
         delta: [B, pairs, R] fp32: pairs is H, or H x G (h-major) for heads="mix".
     """
-    tile = call.tile("row_delta", side.size)
+    tile = call.tile("row_delta", side.size, side.branches)
     count, pairs = space.end - space.start, delta.shape[1]
     programs = blocks_of(count, tile.rows) * pairs * call.batch
     most = blocks_of(call.lists.compared.count, tile.keys)

@@ -108,7 +108,7 @@ def row_lse(call: Call, side: Side, keys: KeyList, sink: Tensor | None) -> Tenso
 
     0 for rows that are not compared or see no key.
     """
-    tile = call.tile("row_lse", side.size)
+    tile = call.tile("row_lse", side.size, side.branches)
     row_blocks = blocks_of(call.lists.row_count, tile.rows)
     programs = row_blocks * call.batch * side.heads
     parts = splits_for(programs, blocks_of(keys.count, tile.keys), call.multiprocessors())

@@ -58,7 +58,7 @@ def row_sums(call: Call, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
     Args:
         target: [B, G, N, C] with unit stride along C, or None.
     """
-    tile = call.tile("row_sums", 16)
+    tile = call.tile("row_sums", 16, ())
     shape = (call.batch, call.groups, call.rows)
     entries = torch.zeros((call.batch, call.rows), dtype=torch.float32, device=call.device)
     mass = None

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .branches import SINK_FILTER
 from .launch import Call, blocks_of, launch, splits_for
 from .maps import MapTensors, at_sample, map_tile
 from .primitives import divergence_term, part_of, reached, row_block, seen_keys, slot
@@ -129,7 +130,7 @@ def _statistics(
 def row_statistics(call: Call, maps: MapTensors) -> Tensor:
     """[n, B, G, R] ``maths.row_statistics`` of every row, 0 for rows that are not compared."""
     count = 3 if call.divergence == "cosine" else 1
-    tile = call.tile("statistics", maps.size)
+    tile = call.tile("statistics", maps.size, maps.branches)
     programs = blocks_of(call.lists.row_count, tile.rows) * call.batch * call.groups
     most = blocks_of(call.lists.compared.count, tile.keys)
     parts = splits_for(programs, most, call.multiprocessors())
@@ -149,7 +150,9 @@ def row_moments(call: Call, maps: MapTensors, width: Tensor) -> Tensor:
 def _launch(
     call: Call, maps: MapTensors, shape: tuple[int, int], parts: int, width: Tensor | None
 ) -> Tensor:
-    tile = call.tile("statistics", maps.size)
+    # the moments are the sink filter's, which has no thresholds yet
+    branches = maps.branches if width is None else (*maps.branches, SINK_FILTER)
+    tile = call.tile("statistics", maps.size, branches)
     out = torch.zeros(
         (*shape, call.batch, call.groups, call.rows), dtype=torch.float32, device=call.device
     )

@@ -36,14 +36,16 @@ VARIANTS = {
 }
 #: Further branches, compiled with ``--variants`` at one head size and dtype: arguments of ``Case``.
 BRANCHES_AT = (128, "bf16")
-_EVEN = torch.arange(LENGTH)[None] % 2
+_SCATTERED: dict[str, Any] = {"block_ids": torch.arange(LENGTH)[None] % 2, "window": 512}
+_SEVERAL: dict[str, Any] = {**_SCATTERED, "softcap_s": 50.0, "softcap_t": 50.0}
+_PITCH = 2**31 // LENGTH // 16 * 16 + 4096  # a row's offset in q or k passes 2^31
 BRANCHES: dict[str, dict[str, Any]] = {
     "few rows": {"rows": 16},
     "few rows, pooled": {"rows": 16, "spec": AlignSpec(compare="pooled", divergence="kl")},
-    "64-bit offsets": {"pitch": 2**31 // LENGTH // 16 * 16 + 4096},
-    "scattered blocks": {"given": {"block_ids": _EVEN, "window": 512}},
+    "64-bit offsets": {"pitch": _PITCH},
+    "scattered blocks": {"given": _SCATTERED},
     "scattered blocks, in logs": {
-        "given": {"block_ids": _EVEN, "window": 512},
+        "given": _SCATTERED,
         "spec": AlignSpec(divergence="js", compare="row"),
     },
     "softcap": {"given": {"softcap_s": 50.0, "softcap_t": 50.0}},
@@ -60,6 +62,32 @@ BRANCHES: dict[str, dict[str, Any]] = {
     "sink filter": {"spec": AlignSpec(sink_sigma=3.0)},
     "mix": {"given": {"mix": torch.zeros(16, 20)}, "spec": AlignSpec(heads="mix")},
     "given map": {"given": {"target": torch.zeros(1, 1, LENGTH, VISUAL)}},
+    # the worst of them at once
+    "several": {"pitch": _PITCH, "given": _SEVERAL, "spec": AlignSpec(sink_sigma=3.0)},
+    "several, in logs": {
+        "pitch": _PITCH,
+        "given": _SEVERAL,
+        "spec": AlignSpec(divergence="js", compare="row"),
+    },
+    "several, head kl": {
+        "pitch": _PITCH,
+        "given": {**_SEVERAL, "sink_s": torch.zeros(16), "sink_t": torch.zeros(16)},
+        "spec": AlignSpec(heads="each", divergence="kl", compare="row"),
+        "heads_t": 16,
+    },
+    "several, mix": {
+        "pitch": _PITCH,
+        "given": {**_SEVERAL, "mix": torch.zeros(16, 20)},
+        "spec": AlignSpec(heads="mix"),
+    },
+    "several, given map": {
+        "pitch": _PITCH,
+        "given": {
+            **_SCATTERED,
+            "softcap_s": 50.0,
+            "target": torch.zeros(1, 1, LENGTH, VISUAL),
+        },
+    },
 }
 #: Tiles of the yardstick, from the tutorial's own list of configurations.
 YARDSTICKS = (
