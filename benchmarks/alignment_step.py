@@ -4,11 +4,11 @@
 LLaVA models over a Llama decoder of 4 layers, 16 heads of 64, aligns every layer, and prints one line of
 CSV for each setting. The step is the teacher's forward, the student's forward and backward; *none* is
 the same step without alignment. Peak memory is the most bytes of tensors alive at once (torch's own
-allocation records), beyond what was there before the step, plus the most that the C++ kernels held of
-their own. Time is the median of CPU seconds of all threads, which a machine shared with others distorts
-least, and its ratio the median over rounds, in each of which every setting runs once. Ratios are to the
-first setting of ``--rows``. *eager_weights* is arithmetic: what the eager way adds at least, float32
-weights of both models at every layer.
+allocation records), beyond what was there before the step; *workspace* is the most that the C++ kernels
+held of their own, at whatever time. Time is the median of CPU seconds of all threads, which a machine
+shared with others distorts least, and its ratio the median over rounds, in each of which every setting
+runs once. Ratios are to the first setting of ``--rows``. *eager_weights* is arithmetic: what the eager way
+adds at least, float32 weights of both models at every layer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.llava import IMAGE, build_llava
-from benchmarks.memory import step_bytes
+from benchmarks.memory import step_parts
 from fastalign.models import AttentionAlignment
 
 VOCABULARY, PATCHES = 64, 256
@@ -81,7 +81,7 @@ def step(
 
 
 COLUMNS = (
-    *("tokens", "rows", "peak_mib", "peak_ratio", "cpu_s", "time_ratio", "steps"),
+    *("tokens", "rows", "peak_mib", "peak_ratio", "workspace_mib", "cpu_s", "time_ratio", "steps"),
     *("eager_weights_mib", "threads", "device", "version"),
 )
 
@@ -122,11 +122,12 @@ def main() -> None:
             run(inputs, alignment)
             times[rows].append(time.process_time() - start)
             print(f"{rows}: {times[rows][-1]:.1f} s", file=sys.stderr, flush=True)
-    peaks = dict.fromkeys(alignments, math.nan)
+    peaks, spaces = (dict.fromkeys(alignments, math.nan) for _ in range(2))
     for rows, alignment in alignments.items():
         if not arguments.no_memory:
             clean()
-            peaks[rows] = step_bytes(partial(run, inputs, alignment)) / 2**20
+            tensors, workspace = step_parts(partial(run, inputs, alignment))
+            peaks[rows], spaces[rows] = tensors / 2**20, workspace / 2**20
     first, lines = next(iter(alignments)), []
     for rows in alignments:
         pairs = [t / base for t, base in zip(times[rows], times[first], strict=True)]
@@ -136,6 +137,7 @@ def main() -> None:
                 rows,
                 f"{peaks[rows]:.0f}",
                 f"{peaks[rows] / peaks[first]:.3f}",
+                f"{spaces[rows]:.0f}",
                 f"{statistics.median(times[rows]) if pairs else math.nan:.2f}",
                 f"{statistics.median(pairs) if pairs else math.nan:.3f}",
                 len(pairs),

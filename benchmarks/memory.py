@@ -47,9 +47,14 @@ def step_bytes(run: Callable[[], object], device: str = "cpu") -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    return sum(step_parts(run))
+
+
+def step_parts(run: Callable[[], object]) -> tuple[int, int]:
+    """On a CPU: the peak of a step's tensors, and that of the C++ kernels' workspace."""
     _workspace()
     tensors = peak_bytes(run)
-    return tensors + _workspace()
+    return tensors, _workspace()
 
 
 def _workspace() -> int:
