@@ -21,13 +21,11 @@ import math
 import torch
 from torch import Tensor
 
-from .maths import unit_count, usable_norms
+from .maths import Units
 from .spec import AlignSpec
 
 
-def row_coefficients(
-    spec: AlignSpec, statistics: Tensor, weight: Tensor, entries: Tensor, grad: Tensor
-) -> Tensor:
+def row_coefficients(spec: AlignSpec, units: Units, grad: Tensor) -> Tensor:
     """d loss / d statistics, times the upstream gradient: [n, B, G, R].
 
     cosine, with c = st / sqrt(ss tt) of the unit: d(1 - c)/d st = -1 / sqrt(ss tt), d(1 - c)/d ss =
@@ -35,26 +33,17 @@ def row_coefficients(
     weight and the upstream gradient, over the count.
 
     Args:
-        statistics: [n, B, G, R] of the forward. weight, entries: [B, R]. grad: scalar.
-            R is 1 in the statistics of pooled vectors.
+        units: of ``maths.units_of``. grad: scalar.
     """
-    scale = grad.to(statistics.dtype) / unit_count(spec, weight, entries, statistics.shape[2])
-    seen = (entries > 0) & (weight > 0)
-    weight = torch.where(seen, weight, 0.0).unsqueeze(1)  # [B, 1, R]
-    if spec.compare == "map":
-        unit = (statistics * weight).sum(-1, keepdim=True)
-    else:
-        unit = statistics
-    if spec.compare == "pooled":
-        weight = seen.any(-1, keepdim=True).unsqueeze(1).to(weight.dtype)
-    weight = weight * scale
+    weight = units.rows * (grad.to(units.rows.dtype) / units.count)
     if spec.divergence != "cosine":
-        return weight.expand_as(statistics[0]).unsqueeze(0)
-    usable, ss, tt = usable_norms(*unit[1:])
-    by_st = torch.where(usable, -1 / (ss.sqrt() * tt.sqrt()), 0.0)
-    by_ss = by_st * unit[0] / (-2 * ss)  # c = -st by_st
-    by_st = by_st * weight
-    return torch.stack([by_st, by_ss * weight, torch.zeros_like(by_st)])
+        groups = units.statistics.shape[2]
+        return weight.expand(-1, groups, -1).unsqueeze(0)
+    usable, ss, product = units.norms
+    by_st = torch.where(usable, -1 / product, 0.0)
+    by_ss = by_st * units.statistics[0] / (-2 * ss)  # c = -st by_st
+    by_st, by_ss = by_st * weight, by_ss * weight
+    return torch.stack([by_st, by_ss, torch.zeros_like(by_st)])
 
 
 def entry_gradient(

@@ -23,6 +23,8 @@ weight). With no unit the loss is exactly 0 and so are its gradients.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -56,8 +58,7 @@ def align_loss(problem: Problem) -> Tensor:
         keep = kept
 
     statistics = row_statistics(spec.divergence, a_s, a_t, log_s, log_t, keep)
-    loss = unit_losses(spec, statistics, weight, entries).sum()
-    return loss / unit_count(spec, weight, entries, groups=a_s.shape[1])
+    return units_of(spec, statistics, weight, entries).loss(spec.divergence)
 
 
 def _teacher_map(problem: Problem, keys: Tensor, compared: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,57 +235,79 @@ def row_statistics(
     return torch.stack([torch.where(keep, term, 0.0).sum(-1) for term in terms])
 
 
-def unit_losses(spec: AlignSpec, statistics: Tensor, weight: Tensor, entries: Tensor) -> Tensor:
-    """The loss of each unit, [B, G] (map) or [B, G, R] (row; pooled: R = 1).
+@dataclass(frozen=True)
+class Units:
+    """What is compared, one number each: U units a sample and group.
+
+    Attributes:
+        statistics: [n, B, G, U] of ``row_statistics``: of a whole map or a pooled vector (U = 1), or of
+            each row (U = R).
+        weight: [B, 1, U] with which a unit counts; 0 where there is nothing to compare.
+        rows: [B, 1, R] with which a row enters its unit (pooled vectors: ``weight``).
+        count: scalar, what the sum of losses is divided by; 1 where there is no unit, so that the loss
+            is 0, not 0/0.
+    """
+
+    statistics: Tensor
+    weight: Tensor
+    rows: Tensor
+    count: Tensor
+
+    @cached_property
+    def norms(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``usable_norms`` of the units (cosine only)."""
+        return usable_norms(self.statistics)
+
+    def loss(self, divergence: str) -> Tensor:
+        """The sum of the units' losses over their count."""
+        if divergence == "cosine":
+            usable, _, product = self.norms
+            losses = 1 - torch.where(usable, self.statistics[0] / product, 0.0)
+        else:
+            losses = self.statistics[0]
+        return (losses * self.weight).sum() / self.count
+
+
+def units_of(spec: AlignSpec, statistics: Tensor, weight: Tensor, entries: Tensor) -> Units:
+    """Units from what each row contributes.
 
     Args:
         statistics: [n, B, G, R] of ``row_statistics``; R = 1 for pooled vectors.
         weight: [B, R] row weights. entries: [B, R] compared columns that each row sees.
     """
     seen = (entries > 0) & (weight > 0)
-    weight = torch.where(seen, weight, 0.0).unsqueeze(1)
+    rows = torch.where(seen, weight, 0.0).unsqueeze(1)
+    by_unit = rows
     if spec.compare != "row":
         if spec.compare == "map":
-            statistics = (statistics * weight).sum(-1, keepdim=True)
-        seen = seen.any(-1, keepdim=True)
-        weight = seen.unsqueeze(1).to(weight.dtype)
-    if spec.divergence != "cosine":
-        return statistics[0] * weight
-    return (1 - cosine(statistics)) * weight
+            statistics = (statistics * rows).sum(-1, keepdim=True)
+        by_unit = seen.any(-1, keepdim=True).unsqueeze(1).to(weight.dtype)
+    if spec.reduction == "sum":
+        count = weight.new_ones(())
+    else:
+        each = entries * weight if spec.reduction == "element_mean" else by_unit
+        count = each.sum() * statistics.shape[2]
+        count = torch.where(count == 0, 1.0, count)
+    return Units(statistics, by_unit, by_unit if spec.compare == "pooled" else rows, count)
 
 
 def cosine(statistics: Tensor) -> Tensor:
-    """cos from (st, ss, tt); 0 where either norm is 0.
+    """cos from (st, ss, tt); 0 where either norm is 0."""
+    usable, _, product = usable_norms(statistics)
+    return torch.where(usable, statistics[0] / product, 0.0)
 
-    A squared norm below tiny / eps of the dtype counts as 0 (a norm of 3e-16 in float32): below that
-    the squares of the entries are no longer normal numbers.
+
+def usable_norms(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From (st, ss, tt): where both vectors have a direction, ss, and the product of their norms.
+
+    The two are 1 where there is none. A squared norm below tiny / eps of the dtype counts as 0 (a norm
+    of 3e-16 in float32): below that the squares of the entries are no longer normal numbers.
     """
-    st, ss, tt = statistics
-    usable, ss, tt = usable_norms(ss, tt)
-    return torch.where(usable, st / (ss.sqrt() * tt.sqrt()), 0.0)
-
-
-def usable_norms(ss: Tensor, tt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where both squared norms give a direction, and these norms with 1 where they do not."""
+    _, ss, tt = statistics
     info = torch.finfo(ss.dtype)
-    floor = info.tiny / info.eps
-    usable = (ss > floor) & (tt > floor)
-    return usable, torch.where(usable, ss, 1.0), torch.where(usable, tt, 1.0)
-
-
-def unit_count(spec: AlignSpec, weight: Tensor, entries: Tensor, groups: int) -> Tensor:
-    """What the sum is divided by (scalar); 1 where there is no unit, so that the loss is 0, not 0/0."""
-    seen = (entries > 0) & (weight > 0)
-    if spec.reduction == "sum":
-        return weight.new_ones(())
-    if spec.reduction == "element_mean":
-        count = (entries * weight).sum()
-    elif spec.compare == "row":
-        count = (weight * seen).sum()
-    else:
-        count = seen.any(-1).sum().to(weight.dtype)
-    count = count * groups
-    return torch.where(count == 0, 1.0, count)
+    usable = torch.minimum(ss, tt) > info.tiny / info.eps
+    ss, tt = torch.where(usable, statistics[1:], 1.0)
+    return usable, ss, ss.sqrt() * tt.sqrt()
 
 
 # --------------------------------------------------------------------- rows and targets

@@ -80,7 +80,7 @@ class Problem:
         assert self.mix is not None
         return self.mix.shape[1]
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """What the arithmetic runs in: float64 if any q or k is, else float32."""
         tensors = (self.q_s, self.k_s, self.q_t, self.k_t)

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# torch's caches on disk know a compiled operator by its name, not by its schema or derivative: after a
+# change of either they would give the old code back.
+_OPERATORS = ("ops.py", "models/links.py")
+_SOURCES = b"".join(
+    (Path(__file__).parents[1] / "fastalign" / name).read_bytes() for name in _OPERATORS
+)
+torch.compiler.config.cache_key_tag = hashlib.sha256(_SOURCES).hexdigest()
 
 settings.register_profile(
     "ci",

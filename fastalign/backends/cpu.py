@@ -29,8 +29,7 @@ from ..maths import (
     row_statistics,
     row_weights,
     sink_threshold,
-    unit_count,
-    unit_losses,
+    units_of,
 )
 from ..problem import Problem, Side
 from .contract import Forward, Gradients, empty_forward
@@ -253,19 +252,17 @@ def align(problem: Problem, wanted: int) -> tuple[Forward, Gradients]:
             elif thresholds is not None:
                 session.statistics(chunk, thresholds)
             if follow:
-                count = unit_count(spec, weight, out.entries, problem.groups)
-                by = row_coefficients(spec, out.statistics, weight, out.entries, count)
-                by = by.contiguous()
+                units = units_of(spec, out.statistics, weight, out.entries)
+                by = row_coefficients(spec, units, units.count).contiguous()
                 session.gradients(chunk, thresholds, _Coefficients(rows=_pointer(by)))
         if spec.compare == "pooled":
             _finish_pooling(problem, out)
+        units = units_of(spec, out.statistics, weight, out.entries)
         if follow:
-            scale = 1 / unit_count(spec, weight, out.entries, problem.groups)
             for x in (*work.gradients, work.delta):
-                x.mul_(scale)
+                x.div_(units.count)
         elif wanted:
-            one = weight.new_ones(())
-            by = row_coefficients(spec, out.statistics, weight, out.entries, one).contiguous()
+            by = row_coefficients(spec, units, weight.new_ones(())).contiguous()
             coefficients = _Coefficients(rows=_pointer(by))
             if spec.compare == "pooled":
                 by = _pooled_gradient(problem, out, by)
@@ -274,13 +271,11 @@ def align(problem: Problem, wanted: int) -> tuple[Forward, Gradients]:
                 )
             for chunk in reversed(range(session.chunks)):
                 session.gradients(chunk, thresholds, coefficients)
-    losses = unit_losses(spec, out.statistics, weight, out.entries)
-    loss = losses.sum() / unit_count(spec, weight, out.entries, problem.groups)
     gradients = work.gradients
     if wanted & _WANT_SINK:
         by_sink = sink_gradient(problem.sink_s, out.lse_s, work.delta, spec.temperature)
         gradients = gradients._replace(sink_s=by_sink)
-    return out._replace(loss=loss), gradients
+    return out._replace(loss=units.loss(spec.divergence)), gradients
 
 
 class _Work:

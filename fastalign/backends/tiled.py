@@ -29,8 +29,7 @@ from ..maths import (
     row_statistics,
     row_weights,
     sink_threshold,
-    unit_count,
-    unit_losses,
+    units_of,
 )
 from ..problem import Problem, Side
 from ..select import Sample, Visibility, select_sample
@@ -119,9 +118,8 @@ def forward(problem: Problem) -> Forward:
                 out.statistics[:, b, block.groups, block.rows] = statistics
         if spec.compare == "pooled":
             _finish_pooling(problem, sample, b, out)
-    losses = unit_losses(spec, out.statistics, weight, out.entries)
-    loss = losses.sum() / unit_count(spec, weight, out.entries, problem.groups)
-    return out._replace(loss=loss)
+    units = units_of(spec, out.statistics, weight, out.entries)
+    return out._replace(loss=units.loss(spec.divergence))
 
 
 def _adopt_given_lse(problem: Problem, out: Forward) -> tuple[bool, bool]:
@@ -209,7 +207,8 @@ def backward(problem: Problem, saved: Forward, grad: Tensor) -> Gradients:
         problem.mix.shape if problem.mix is not None else (0,), dtype=dtype, device=q.device
     )
     delta = torch.zeros_like(saved.lse_s)
-    coefficients = row_coefficients(spec, saved.statistics, weight, saved.entries, grad)
+    units = units_of(spec, saved.statistics, weight, saved.entries)
+    coefficients = row_coefficients(spec, units, grad)
     for sample, visibility, b in _samples(problem):
         # summed over row blocks in the arithmetic's precision; in place where that is k's own
         exact = k.dtype == dtype

@@ -26,8 +26,7 @@ from ..maths import (
     given_map,
     row_weights,
     sink_threshold,
-    unit_count,
-    unit_losses,
+    units_of,
 )
 from ..maths import row_statistics as statistics_of
 from ..problem import Problem
@@ -132,7 +131,8 @@ def backward(problem: Problem, saved: Forward, grad: Tensor) -> Gradients:
     maps = _map_tensors(plan, saved)
     if spec.sink_sigma is not None:
         maps = replace(maps, thresholds=saved.thresholds.contiguous())
-    coefficients = row_coefficients(spec, saved.statistics, weight, saved.entries, grad)
+    units = units_of(spec, saved.statistics, weight, saved.entries)
+    coefficients = row_coefficients(spec, units, grad)
     upstream = Upstream(
         coefficients.contiguous(), _pooled_upstream(p, saved, coefficients), weight.contiguous()
     )
@@ -230,8 +230,7 @@ def _side(side: ModelSide, dtype: torch.dtype) -> Side:
 
 def _loss(problem: Problem, statistics: Tensor, weight: Tensor, entries: Tensor) -> Tensor:
     """The sum of the units' losses over their count."""
-    losses = unit_losses(problem.spec, statistics, weight, entries)
-    return losses.sum() / unit_count(problem.spec, weight, entries, problem.groups)
+    return units_of(problem.spec, statistics, weight, entries).loss(problem.spec.divergence)
 
 
 def _one_pass(problem: Problem) -> bool:
