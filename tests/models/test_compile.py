@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from fastalign.models import AttentionAlignment, visual_attention
-from tests.models import eager, tiny
+from fastalign.models.view import ModelView
+from tests.models import eager, matrix, tiny
 from tests.models.test_training import pair, train_once
+from tests.models.zoo import CASES, Case
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -41,11 +44,13 @@ class Graphs:
 
 
 def compile_layers(*models: Any, fullgraph: bool) -> Graphs:
+    """Of layers with softmax attention: others (Qwen3.5's) transformers itself cannot compile on a CPU."""
     torch._dynamo.reset()
     graphs = Graphs()
     for model in models:
-        for layer in model.get_decoder().layers:
-            layer.compile(fullgraph=fullgraph, backend=graphs)
+        view = ModelView("student", model)
+        for i in view.attentions:
+            view.layers[i].compile(fullgraph=fullgraph, backend=graphs)
     return graphs
 
 
@@ -85,6 +90,33 @@ def test_compiled_layers(fullgraph: bool, checkpointing: bool) -> None:
         loss.backward()
     summed = {name: expected[0][1][name] + expected[1][1][name] for name in expected[0][1]}
     assert eager.relative_error(eager.gradients(student), summed) < 1e-4
+
+
+QUICK = ("Qwen2-VL", "PaliGemma 2", "Gemma 3")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.slow)
+        for case in CASES
+    ],
+)
+def test_compiled_layers_of_every_family(case: Case) -> None:
+    """One graph a layer, M-RoPE, softcap, blocks, chunks and shared keys included."""
+    student, teacher = case.model(seed=2).train(), case.model(seed=1)
+    if case.name in ("LLaVA-1.5, gpt_oss text", "Llama 4"):
+        student.set_experts_implementation("batched_mm")  # the eager one breaks graphs
+    inputs = {**case.batch(student, left=True), "use_cache": False}
+    reference = copy.deepcopy(student)
+    expected = matrix.our_loss(reference, teacher, inputs)
+    expected.backward()
+    graphs = compile_layers(student, fullgraph=True)
+    loss = matrix.our_loss(student, teacher, inputs)
+    loss.backward()
+    assert graphs.captures()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert eager.relative_error(eager.gradients(student), eager.gradients(reference)) < 1e-4
 
 
 def test_a_compiled_model_outside_of_a_step_and_without_gradients() -> None:
