@@ -50,6 +50,7 @@ _SM_80: _Table = {
     "map_gradient": Tile(128, 64, 8, 2, "static 0.263, floor 0.25; 64x64 0.269"),
     "map_gradient_logs": Tile(64, 64, 8, 2, "static 0.303; 128x64 spills"),
     "pooled_sums": Tile(64, 32, 4, 2, "static 0.277, floor 0.25; 64x64 spills"),
+    "pooled_sums_logs": Tile(64, 32, 8, 1, "64x64, and 4 warps, spill"),
     "dq": Tile(64, 32, 4, 2, "static 0.281, floor 0.25"),
     "dk": Tile(32, 64, 4, 2, "static 0.256, floor 0.25"),
     "dk_logs": Tile(64, 64, 8, 2, "32x64 with 4 warps spills"),
@@ -60,6 +61,7 @@ _SM_80: _Table = {
 _SM_8X: _Table = {
     "row_lse": Tile(128, 64, 4, 2, "as sm_80"),
     "row_delta": Tile(128, 64, 8, 2, "64x64 spills at head sizes 80 and 96"),
+    "pooled_sums_logs": Tile(64, 32, 8, 1, "64x64 spills"),
     "dq_logs": Tile(64, 64, 8, 1, "with two stages it spills at head sizes 80 and 96"),
     "dq_scores": Tile(64, 64, 8, 1, "with two stages it spills at head size 64"),
     "dk": Tile(32, 64, 8, 2, "64x64, and fewer warps or one stage, spill here or there"),
@@ -67,6 +69,7 @@ _SM_8X: _Table = {
 _SM_120: _Table = {
     "row_lse": _SM_8X["row_lse"],
     "pooled_sums": Tile(64, 64, 8, 1, "with two stages it spills"),
+    "pooled_sums_logs": Tile(64, 32, 8, 1, "64x64 spills"),
     "dk": _SM_8X["dk"],
 }
 _SM_90: _Table = {
@@ -77,6 +80,7 @@ _SM_90: _Table = {
     "map_gradient": Tile(128, 64, 8, 2, "static 0.137, floor 0.125; 64x64 0.183"),
     "map_gradient_logs": Tile(64, 64, 8, 1, "static 0.267: all wider tiles spill"),
     "pooled_sums": Tile(64, 64, 8, 1, "static 0.185, floor 0.125; two stages 0.191"),
+    "pooled_sums_logs": Tile(64, 32, 8, 1, "64x64, and 4 warps, spill"),
     "dq": Tile(64, 64, 4, 2, "static 0.150, floor 0.125"),
     "dk": Tile(128, 64, 8, 2, "static 0.143, floor 0.125; 64x64 with 4 warps 0.134 but spills"),
     "dk_logs": Tile(128, 64, 8, 1, "with two stages it spills"),
@@ -92,6 +96,7 @@ _SM_100: _Table = {
     "map_gradient": Tile(64, 128, 8, 2, "static 0.139, floor 0.125; 128x64 spills"),
     "map_gradient_logs": Tile(64, 64, 8, 1, "static 0.254: all wider tiles spill"),
     "pooled_sums": Tile(64, 64, 8, 1, "static 0.188, floor 0.125; with two stages it spills"),
+    "pooled_sums_logs": Tile(64, 32, 8, 1, "64x64, and 4 warps, spill"),
     "dq": Tile(128, 64, 4, 2, "static 0.088, floor 0.0625"),
     "dq_logs": Tile(128, 32, 4, 2, "static 0.127; 128x64 with 8 warps 0.135"),
     "dk": Tile(32, 128, 4, 2, "static 0.094, floor 0.0625; not turned it spills", turned=True),
@@ -99,6 +104,7 @@ _SM_100: _Table = {
     "head_kl": Tile(128, 32, 4, 2, "static 0.151, floor 0.125; 128x64 spills, 8 warps 0.167"),
 }
 _CDNA: _Table = {
+    "pooled_sums_logs": Tile(64, 64, 8, 1, "with two stages it spills"),
     "dq": Tile(64, 32, 4, 1, "64x64 spills; 32x64 takes 58 registers more"),
     "dk": Tile(64, 32, 4, 1, "64x64 spills; 32x64 takes 100 registers more"),
 }
@@ -145,6 +151,7 @@ _WIDE_TABLES: dict[str, _Table] = {
     },
     "sm_100": {
         "dk_logs": Tile(32, 64, 4, 1, "static 0.177, floor 0.125: wider tiles spill", turned=True),
+        "pooled_sums_logs": Tile(64, 32, 8, 1, "64x64 spills"),
         "dk_logs_each": Tile(32, 64, 8, 1, "with 4 warps it spills", turned=True),
     },
 }

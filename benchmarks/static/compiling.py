@@ -66,7 +66,8 @@ class Compiled:
     """Machine code and what it occupies; ``code``: SASS, or AMD assembly.
 
     ``atomics``: those that the kernel asks for. The SASS of tcgen05 has some of its own, on the flags by
-    which programs share tensor memory; no data is in them, and PTX does not show them.
+    which programs share tensor memory; no data is in them, and PTX does not show them. ``products``:
+    matrix products that the kernel asks for, in triton's own code, without those whose result nobody reads.
     """
 
     target: Target
@@ -77,6 +78,7 @@ class Compiled:
     smem_bytes: int
     warps: int
     atomics: int
+    products: int
 
 
 def signature_of(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
@@ -110,13 +112,16 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     source = ASTSource(launch.kernel, *signature_of(launch))
     compiled = triton.compile(source, target=target.triton(), options=launch.tile.options())
     smem = compiled.metadata.shared
+    products = compiled.asm["ttir"].count("tt.dot")
     if target.backend == "hip":
-        return _amd(compiled.asm["amdgcn"], target, smem, launch.tile.warps)
+        return _amd(compiled.asm["amdgcn"], target, smem, launch.tile.warps, products)
     asked = len(re.findall(r"(?<![\w.])(?:atom|red)\.", compiled.asm["ptx"]))
-    return _nvidia(compiled.asm["cubin"], target, smem, launch.tile.warps, asked)
+    return _nvidia(compiled.asm["cubin"], target, smem, launch.tile.warps, asked, products)
 
 
-def _nvidia(cubin: bytes, target: Target, smem: int, warps: int, asked: int) -> Compiled:
+def _nvidia(
+    cubin: bytes, target: Target, smem: int, warps: int, asked: int, products: int
+) -> Compiled:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -128,10 +133,10 @@ def _nvidia(cubin: bytes, target: Target, smem: int, warps: int, asked: int) -> 
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     on_memory = len(re.findall(r"\b(?:REDG?|ATOMG?)\b", code))
     atomics = max(asked, on_memory)
-    return Compiled(target, code, registers, stack, spills, smem, warps, atomics)
+    return Compiled(target, code, registers, stack, spills, smem, warps, atomics, products)
 
 
-def _amd(code: str, target: Target, smem: int, warps: int) -> Compiled:
+def _amd(code: str, target: Target, smem: int, warps: int, products: int) -> Compiled:
     def number(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", code)
         assert found is not None, name
@@ -141,7 +146,7 @@ def _amd(code: str, target: Target, smem: int, warps: int) -> Compiled:
     stack = number("private_segment_fixed_size")
     atomics = len(re.findall(r"\b\w+_atomic_\w+", code))
     return Compiled(
-        target, code, registers, stack, number("vgpr_spill_count"), smem, warps, atomics
+        target, code, registers, stack, number("vgpr_spill_count"), smem, warps, atomics, products
     )
 
 

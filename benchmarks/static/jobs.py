@@ -60,6 +60,23 @@ def job_of(launch: Launch) -> Job:
     return Job(passes, flops * products, exps * tile, sum(passes) * tile, *floors, turns=turns)
 
 
+def has_products(launch: Launch) -> bool:
+    """Whether what a launch computes takes matrix products at all; its code is not looked at.
+
+    row_sums counts. row_delta of heads that are compared by themselves in logs adds up the workspace.
+    map_gradient of vectors pooled from maps as they are spreads a gradient over rows that does not depend
+    on the maps, unless the sink filter asks for their entries.
+    """
+    a = launch.arguments
+    if launch.name == "row_sums":
+        return False
+    if launch.name == "row_delta":
+        return not (a["HEADS"] == "each" and a["LOGS"])
+    if launch.name == "map_gradient" and a["POOLED"]:
+        return bool(a["LOGS"] or a["SINK"])
+    return True
+
+
 def pairs_of(launch: Launch) -> int:
     """(row, key) pairs that the keys of a dk launch are seen in."""
     entries: Tensor = launch.arguments["p_keys"]

@@ -17,7 +17,7 @@ from fastalign.spec import AlignSpec
 from .bound import Bound, bound_of, floor_of
 from .compiling import TARGETS, Compiled, Target, compile_launch
 from .flash import _flash
-from .jobs import WORK, job_of, pairs_of
+from .jobs import WORK, has_products, job_of, pairs_of
 from .record import LENGTH, VISUAL, Case, Launch, record
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -33,6 +33,7 @@ VARIANTS = {
     "head mean, in logs": AlignSpec(divergence="js", compare="row"),
     "renormalised": AlignSpec(normalize="visual", divergence="kl", compare="row"),
     "scores": AlignSpec(normalize="none", divergence="mse"),
+    "pooled, in logs": AlignSpec(compare="pooled", divergence="kl"),
 }
 #: Further branches, compiled with ``--variants`` at one head size and dtype: arguments of ``Case``.
 BRANCHES_AT = (128, "bf16")
@@ -95,10 +96,6 @@ YARDSTICKS = (
     Tile(128, 64, 4, 2, "tall"),
     Tile(128, 64, 8, 2, "tall, two warp groups"),
 )
-#: Launches without a matrix product: counting; the gradient of vectors pooled from maps that are not in
-#: logs, which does not depend on the maps (the compiler drops their products); delta of heads that are
-#: compared by themselves in logs.
-NO_PRODUCTS = {("row_sums", "head mean"), ("map_gradient", "pooled"), ("row_delta", "head kl")}
 
 
 @dataclass(frozen=True)
@@ -252,7 +249,7 @@ def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype:
         bytes_per_element=_bytes(launch),
         pairs=pairs_of(launch) if launch.name == "dk" else None,
     )
-    return replace(row, problems=tuple(_problems(row, compiled)))
+    return replace(row, problems=tuple(_problems(row, compiled, has_products(launch))))
 
 
 def _bound(launch: Launch, compiled: Compiled) -> Bound | None:
@@ -277,8 +274,8 @@ def _bytes(launch: Launch) -> float | None:
     return sides * size / (keys if launch.name == "dk" else rows)
 
 
-def _problems(row: Row, compiled: Compiled) -> Iterator[str]:
-    """What keeps a compiled kernel from being shipped."""
+def _problems(row: Row, compiled: Compiled, products: bool) -> Iterator[str]:
+    """What keeps a compiled kernel from being shipped; products: whether its task takes any."""
     if row.kernel == "flash":
         return  # the yardstick, not ours
     if row.stack_bytes or row.spills:
@@ -292,8 +289,10 @@ def _problems(row: Row, compiled: Compiled) -> Iterator[str]:
             yield f"{used} registers, limit {compiled.target.registers}"
     if row.atomics:
         yield f"{row.atomics} atomics"
-    if not row.tensor_core_ops and (row.kernel, row.objective) not in NO_PRODUCTS:
-        yield f"no {compiled.target.tensor_core}"
+    if products != (compiled.products > 0):
+        yield f"{compiled.products} matrix products where {'some are' if products else 'none is'} needed"
+    if bool(compiled.products) != bool(row.tensor_core_ops):
+        yield f"{compiled.products} matrix products, {row.tensor_core_ops} {compiled.target.tensor_core}"
 
 
 def failures(rows: Iterable[Row]) -> list[str]:

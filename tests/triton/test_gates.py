@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("triton")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+from benchmarks.static import report
 from benchmarks.static.bound import Job, bound_of
 from benchmarks.static.compiling import Compiled
 from benchmarks.static.record import Launch
@@ -111,7 +112,7 @@ def test_the_bound_of_a_program_that_can_be_counted_by_hand() -> None:
         "@P0 BRA `(.L_x_1)",
         "EXIT",
     )
-    compiled = Compiled(TARGETS["sm_80"], code, 32, 0, 0, 0, 1, 0)
+    compiled = Compiled(TARGETS["sm_80"], code, 32, 0, 0, 0, 1, 0, 1)
     flops = 2 * 2.0 * 16 * 8 * 16
     bound = bound_of(compiled, Job((10.0,), flops, 64.0, 10 * 64.0, flops / 64, 1.0))
     # a pass: 2 x 4096 FLOP at 2048 a clock, 2 x 32 exponentials at 16, 13 instructions at 4 a clock
@@ -123,6 +124,33 @@ def test_the_bound_of_a_program_that_can_be_counted_by_hand() -> None:
 
 
 def test_what_cannot_be_read_is_refused() -> None:
-    compiled = Compiled(TARGETS["sm_80"], _program("EXIT"), 32, 0, 0, 0, 1, 0)
+    compiled = Compiled(TARGETS["sm_80"], _program("EXIT"), 32, 0, 0, 0, 1, 0, 1)
     with pytest.raises(ValueError, match="0 loops with matrix products, 1 expected"):
         bound_of(compiled, Job((1.0,), 1.0, 1.0, 1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("objective", "kernel", "some"),
+    [
+        ("scattered blocks", "row_sums", False),
+        ("softcap", "row_delta", True),
+        ("softcap, head kl", "row_delta", False),
+        ("few rows, pooled", "map_gradient", True),
+        ("pooled", "map_gradient", False),
+    ],
+)
+def test_where_products_are_needed(
+    objective: str,
+    kernel: str,
+    some: bool,
+    recorded: list[tuple[str, Launch]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is said of a launch's task, what its source asks for and what the machine does are one."""
+    launch = next(x for o, x in recorded if (o, x.name) == (objective, kernel))
+    assert report.has_products(launch) is some
+    row = row_of(objective, launch, TARGETS["sm_90"], 128, "bf16")
+    assert row.problems == ()
+    assert (row.tensor_core_ops > 0) is some
+    monkeypatch.setattr(report, "has_products", lambda _: not some)
+    assert len(row_of(objective, launch, TARGETS["sm_90"], 128, "bf16").problems) == 1
