@@ -211,6 +211,7 @@ def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype:
     tile = launch.tile
     config = f"{tile.rows}x{tile.keys}, {tile.warps} warps, {tile.stages} stages"
     config += "" if tile.registers is None else f", {tile.registers} registers"
+    config += ", mma.sync" if tile.mma_sync else ""
     name = launch.name
     if "INSIDE" in launch.arguments:
         name += "" if launch.arguments["INSIDE"] else " (other keys)"
@@ -229,7 +230,8 @@ def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype:
         reason = f"does not compile: {str(error).strip().splitlines()[-1]}"
         return replace(row, problems=(reason,))
     bound = None if objective in BRANCHES else _bound(launch, compiled)  # jobs know no branches
-    products = len(re.findall(rf"\b(?:{target.tensor_core})\S*", compiled.code))
+    wanted = "HMMA" if tile.mma_sync else target.tensor_core
+    products = len(re.findall(rf"\b(?:{wanted})\S*", compiled.code))
     ex2 = r"MUFU\.EX2" if target.backend == "cuda" else r"v_exp_f32"
     row = replace(
         row,
@@ -249,7 +251,8 @@ def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype:
         bytes_per_element=_bytes(launch),
         pairs=pairs_of(launch) if launch.name == "dk" else None,
     )
-    return replace(row, problems=tuple(_problems(row, compiled, has_products(launch))))
+    problems = _problems(row, compiled, has_products(launch), wanted)
+    return replace(row, problems=tuple(problems))
 
 
 def _bound(launch: Launch, compiled: Compiled) -> Bound | None:
@@ -274,7 +277,7 @@ def _bytes(launch: Launch) -> float | None:
     return sides * size / (keys if launch.name == "dk" else rows)
 
 
-def _problems(row: Row, compiled: Compiled, products: bool) -> Iterator[str]:
+def _problems(row: Row, compiled: Compiled, products: bool, wanted: str) -> Iterator[str]:
     """What keeps a compiled kernel from being shipped; products: whether its task takes any."""
     if row.kernel == "flash":
         return  # the yardstick, not ours
@@ -292,7 +295,7 @@ def _problems(row: Row, compiled: Compiled, products: bool) -> Iterator[str]:
     if products != (compiled.products > 0):
         yield f"{compiled.products} matrix products where {'some are' if products else 'none is'} needed"
     if bool(compiled.products) != bool(row.tensor_core_ops):
-        yield f"{compiled.products} matrix products, {row.tensor_core_ops} {compiled.target.tensor_core}"
+        yield f"{compiled.products} matrix products, {row.tensor_core_ops} {wanted}"
 
 
 def failures(rows: Iterable[Row]) -> list[str]:
