@@ -9,7 +9,7 @@
 #include <limits>
 #include <type_traits>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -50,7 +50,19 @@ template <typename T> inline void store(T* p, Vec<T> x) {
   *reinterpret_cast<typename Lanes<T>::loose*>(p) = x;
 }
 template <typename T> inline Vec<T> all(T x) { return x - Vec<T>{}; }
-template <typename T> inline Vec<T> max(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
+// b where they are equal or one of them is no number: what x86 has one instruction for, of which a compiler makes
+// a comparison and a choice.
+template <typename T> inline Vec<T> max(Vec<T> a, Vec<T> b) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm512_max_ps((__m512)a, (__m512)b);
+  else return (Vec<T>)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) return (Vec<T>)_mm256_max_ps((__m256)a, (__m256)b);
+  else return (Vec<T>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 template <typename T> inline Vec<T> min(Vec<T> a, Vec<T> b) { return a < b ? a : b; }
 template <typename T> inline Vec<T> abs(Vec<T> a) { return a < 0 ? -a : a; }
 
