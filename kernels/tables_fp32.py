@@ -44,6 +44,7 @@ _TABLES: dict[str, Table] = {
     "sm_100": {
         **_ASYNCHRONOUS,
         "map_gradient": Tile(64, 32, 4, 1, "64x64 spills at head_dim 64"),
+        "pooled_sums": Tile(64, 32, 8, 1, "64x64 spills at head_dim 96, 4 warps at 128"),
     },
 }
 

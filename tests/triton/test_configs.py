@@ -1,0 +1,66 @@
+"""The tables of tiles, looked up as launches do: every row can be launched, and none hides what it is."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+from fastalign.kernels.configs import GRAIN, Tile, tile_for
+
+from benchmarks.static.report import HEAD_DIMS, TARGETS, launches, row_of
+
+KERNELS = (
+    *("row_sums", "row_lse", "row_delta", "statistics", "map_gradient", "pooled_sums"),
+    *("dq", "dk", "head_kl"),
+)
+
+
+def _tiles(target: str) -> list[tuple[int, int, Tile]]:
+    """(head_dim, bytes of an element, tile) of every kernel, variant and kind of heads."""
+    asked = itertools.product(KERNELS, ("", "logs", "scores"), HEAD_DIMS, (2, 4), (False, True))
+    return [(d, n, tile_for(k, v, target, d, n, each)) for k, v, d, n, each in asked]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_tile_fits_lists_and_register_file(target: str) -> None:
+    for _, _, tile in _tiles(target):
+        assert GRAIN % tile.rows == GRAIN % tile.keys == 0
+        assert tile.why
+        if tile.registers is not None:
+            assert TARGETS[target].backend == "cuda"  # AMD's compiler knows no maxnreg
+            assert -(-tile.registers // 8) * 8 * 32 * tile.warps <= TARGETS[target].registers
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_mma_sync_instead_of_better_is_for_wide_fp32_alone(target: str) -> None:
+    fallback = {(d, n) for d, n, tile in _tiles(target) if tile.mma_sync}
+    assert fallback == ({(256, 4)} if target in ("sm_90", "sm_100") else set())
+
+
+def test_what_has_no_table_still_gets_a_tile() -> None:
+    for itemsize, size in itertools.product((2, 4), HEAD_DIMS):
+        assert tile_for("dq", "", "xpu", size, itemsize).registers is None
+        assert tile_for("dq", "", "sm_99", size, itemsize).mma_sync is False
+
+
+def test_the_gate_asks_for_the_instruction_that_the_tile_was_made_for() -> None:
+    """dk of the other keys, fp32 at head_dim 256: mma.sync on sm_90, which is no wgmma."""
+    _, launch = next(
+        (objective, x)
+        for objective, x in launches("sm_90", 256, "fp32", variants=False)
+        if x.name == "dk" and not x.arguments["INSIDE"]
+    )
+    assert launch.tile.mma_sync
+    row = row_of("head mean", launch, TARGETS["sm_90"], 256, "fp32")
+    assert row.problems == ()
+    assert row.config.endswith("mma.sync")
+    assert row.tensor_core_ops > 0
+    claimed = replace(launch, tile=replace(launch.tile, mma_sync=False))
+    (problem,) = row_of("head mean", claimed, TARGETS["sm_90"], 256, "fp32").problems
+    assert problem.endswith(" 0 HGMMA")
