@@ -21,7 +21,7 @@ import torch
 
 from . import ceilings as machine
 from .case import Case, Step
-from .clock import Clock, clock_for, rounds, spread
+from .clock import Clock, clock_for, missing, rounds, spread
 from .gate import check
 from .memory import resident_mib, step_bytes
 from .modes import MODES
@@ -83,6 +83,7 @@ class Bench:
 
     def _one(self, name: str, mode: str) -> None:
         shape, kind = SHAPES[name], MODES[mode]
+        torch.compiler.reset()  # after eight shapes torch would run a compiled provider eagerly
         case = Case.of(shape, self.options.device)
         steps: dict[str, Step] = {}
         wanted = self.options.providers or tuple(kind.providers)
@@ -175,6 +176,8 @@ def main() -> int:
     parser.add_argument("--no-rss", action="store_true", help="leave out the resident set")
     parser.add_argument("--out", type=Path, default=Path("out/alignment.csv"))
     given = parser.parse_args()
+    if lack := missing(given.device):
+        parser.error(f"argument --device: is {given.device!r}; {lack}")
     options = Options(
         shapes=tuple(given.shapes),
         providers=tuple(given.providers),

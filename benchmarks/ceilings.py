@@ -43,23 +43,43 @@ def _rate(work: float, run: Callable[[], object], clock: Clock, repeats: int = 9
     return work / (1e-3 * statistics.median(clock(run) for _ in range(repeats)))
 
 
+#: Products (m, n, k) whose best rate is a device's; larger ones on a GPU, which small ones do not fill.
+PRODUCTS = {
+    "cpu": ((200, 1100, 128), (1100, 128, 200), (1024, 1024, 1024), (512, 4096, 128)),
+    "cuda": ((2048, 2048, 2048), (8192, 8192, 8192)),
+}
+
+
 def measure(device: str = "cpu", clock: Clock = cpu_clock) -> Ceilings:
-    """The best product of several shapes for each type; exponentials in cache; a copy out of it."""
-    small = ((200, 1100, 128), (1100, 128, 200), (1024, 1024, 1024), (512, 4096, 128))
-    large = ((2048, 2048, 2048), (8192, 8192, 8192))
+    """The best product of several shapes for each type; exponentials; a copy out of the cache.
+
+    Exponentials on a CPU are torch.exp in cache, on a GPU a kernel of their own (``exponentials``).
+    """
     gemm = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         best = 0.0
-        for m, n, k in small if device == "cpu" else large:
+        for m, n, k in PRODUCTS[device]:
             a = torch.rand(m, k, device=device).to(dtype)
             b = torch.rand(k, n, device=device).to(dtype)
             out = torch.empty(m, n, dtype=dtype, device=device)
             best = max(best, _rate(2.0 * m * n * k, partial(torch.mm, a, b, out=out), clock))
         gemm[str(dtype).removeprefix("torch.")] = best
-    size = 2**17 if device == "cpu" else 2**22
-    x = -torch.rand(size, device=device)
-    y = torch.empty_like(x)
-    exp = _rate(size * 20.0, lambda: [torch.exp(x, out=y) for _ in range(20)], clock)
+    work, run = _exponentials() if device == "cpu" else _exponentials_of_gpu(device)
+    exp = _rate(work, run, clock)
     big, other = torch.rand(2**25, device=device), torch.empty(2**25, device=device)
     copy = _rate(2 * 4 * 2.0**25, lambda: other.copy_(big), clock)
     return Ceilings(gemm, exp, copy)
+
+
+def _exponentials() -> tuple[float, Callable[[], object]]:
+    """(how many exponentials a run takes, the run) on a CPU."""
+    x = -torch.rand(2**17)
+    y = torch.empty_like(x)
+    return 20.0 * len(x), lambda: [torch.exp(x, out=y) for _ in range(20)]
+
+
+def _exponentials_of_gpu(device: str) -> tuple[float, Callable[[], object]]:
+    """The same on a GPU, for which triton is needed."""
+    from .exponentials import exponentials
+
+    return exponentials(device)

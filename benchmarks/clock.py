@@ -37,6 +37,13 @@ class CudaClock:
         return elapsed
 
 
+def missing(device: str) -> str:
+    """Why nothing can be measured on a kind of device here; "" if it can."""
+    if device == "cpu" or torch.cuda.is_available():
+        return ""
+    return "torch finds no GPU on this machine"
+
+
 def clock_for(device: str) -> Clock:
     """The clock of a kind of device."""
     return cpu_clock if device == "cpu" else CudaClock()

@@ -1,7 +1,8 @@
 """The GPU benchmark where there is no GPU: its providers on small shapes, through the gate, untimed.
 
 A GPU run's steps are made and run as on the day, on a CPU, the Triton kernels in Triton's interpreter
-(TRITON_INTERPRET=1). What only a device can show is not rehearsed: CUDA events, ceilings, memory.
+(TRITON_INTERPRET=1). What only a device can show is not rehearsed: CUDA events, ceilings, memory (their
+code runs on a stand-in, ``tests/bench/stand_in.py``).
 """
 
 from __future__ import annotations

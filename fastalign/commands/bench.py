@@ -69,6 +69,9 @@ def bench(
     if rehearse:
         _rehearse(tuple(provider or ()), kinds)
         return
+    if lack := _suite("clock").missing(device):
+        typer.echo(f"--device is {device!r}; {lack} (--rehearse needs none)", err=True)
+        raise typer.Exit(2)
     options = suite.Options(
         shapes=tuple(shape or shapes.REQUIRED),
         providers=tuple(provider or ()),

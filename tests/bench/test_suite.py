@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import page, phases, plot, providers, rehearsal, table
+from benchmarks import ceilings, page, phases, plot, providers, rehearsal, table
 from benchmarks.alignment import Options, run
 from benchmarks.case import Case
 from benchmarks.ceilings import Ceilings
@@ -306,3 +306,73 @@ def test_a_rehearsal_tells_a_wrong_provider(monkeypatch: pytest.MonkeyPatch) -> 
     verdicts = rehearsal.rehearse(("broken",), ("fwd+bwd",), lambda line: None)
     assert len(verdicts) == 3
     assert all("error" in v.wrong for v in verdicts)
+
+
+def test_a_gpu_run_on_a_stand_in(tmp_path: Path) -> None:
+    """Every line that only a GPU run executes, but for torch's own and compiled providers."""
+    pytest.importorskip("triton")
+    out = tmp_path / "g.csv"
+    names = ("eager_full", "eager_rows", "eager_rows_upcast", "chunked_checkpoint", "sdpa_identity")
+    command = [sys.executable, "-m", "tests.bench.stand_in", "--modes", "fwd+bwd", "pooled fwd"]
+    done = subprocess.run(
+        [
+            *command,
+            "--rounds",
+            "2",
+            "--out",
+            str(out),
+            "--providers",
+            *names,
+            "tiled",
+            "triton",
+            "cpu",
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = table.read(out)
+    timed = {(r.mode, r.provider) for r in rows if r.metric == "time_ms" and r.n == 2 and r.p20 > 0}
+    assert timed == {("fwd+bwd", name) for name in (*names, "tiled", "triton")} | {
+        ("pooled fwd", name) for name in ("eager_rows", "tiled", "triton")
+    }
+    assert {(r.provider, r.note) for r in rows if r.metric == "left_out"} == {
+        ("cpu", "runs on CPUs")
+    }
+    assert {r.p50 for r in rows if r.metric == "peak_mib"} == {3.0}
+    assert {r.device for r in rows} == {"Stand-in"}
+    machine = {r.metric: r.p50 for r in rows if r.shape == "machine"}
+    assert machine.keys() >= {"gemm_bfloat16_gflops", "exp_g_per_s", "copy_gb_per_s"}
+    assert min(machine.values()) > 0
+
+
+def test_without_a_gpu_a_gpu_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = runner.invoke(build_app(), ["bench", "--device", "cuda"])
+    assert result.exit_code == 2
+    assert "--device is 'cuda'; torch finds no GPU" in result.output
+
+
+def test_compiled_providers_stay_compiled_after_many_shapes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch gives up on a function after eight shapes; a bench forgets the earlier ones."""
+    compiled: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        compiled.append(graph.__class__.__name__)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **named: real(f, backend=backend, **named))
+    rates = Ceilings({"float32": 1e12}, 1e10, 1e10)
+    monkeypatch.setattr(ceilings, "measure", lambda *_: rates)
+    names = tuple(f"many-{i}" for i in range(10))
+    for i, name in enumerate(names):
+        monkeypatch.setitem(SHAPES, name, replace(SMALL, name=name, length=60 + 4 * i))
+    options = Options(names, ("eager_rows_compiled",), rounds=1, resident=False)
+    assert run(options, lambda line: None).red == []
+    assert len(compiled) == 10

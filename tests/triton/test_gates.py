@@ -11,13 +11,15 @@ import os
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+from benchmarks.exponentials import SIZE, TURNS, _exponentials
 from benchmarks.static import report
-from benchmarks.static.bound import Job, bound_of
-from benchmarks.static.compiling import Compiled
+from benchmarks.static.bound import Job, bound_of, loops_of, work_of
+from benchmarks.static.compiling import Compiled, compile_launch
 from benchmarks.static.record import Launch
 from benchmarks.static.report import (
     BRANCHES,
@@ -154,3 +156,19 @@ def test_where_products_are_needed(
     assert (row.tensor_core_ops > 0) is some
     monkeypatch.setattr(report, "has_products", lambda _: not some)
     assert len(row_of(objective, launch, TARGETS["sm_90"], 128, "bf16").problems) == 1
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_the_kernel_of_exponentials_is_bound_by_them(target: str) -> None:
+    """The bench's ceiling: eight a thread and turn, in registers; all else together takes fewer clocks."""
+    arguments = {"p_out": torch.empty(SIZE), "turns": TURNS, "SIZE": SIZE}
+    tile = report.Tile(SIZE, 1, 4, 1, "as the bench launches it")
+    compiled = compile_launch(Launch(_exponentials, arguments, tile), TARGETS[target])
+    assert compiled.stack_bytes == compiled.spills == 0
+    loops, _, instructions = loops_of(compiled.code, "MUFU.EX2")
+    loop = max(loops, key=len)  # several turns at once; a shorter one does the rest
+    work = work_of(compiled, [instructions[i] for i in loop])
+    assert work.ex2 % 8 == 0
+    assert work.ex2 > 0
+    assert work.limiter() == "special"
+    assert not any(instructions[i][0].startswith(("LD", "ST")) for i in loop)
