@@ -57,6 +57,7 @@ inline void tile(const Stretch<typename Op::Element>* stretches, int64_t count, 
     const int64_t one = stretches[piece].a_one, two = stretches[piece].a_two;
     const Element* a = stretches[piece].a + row / 2 * two + row % 2 * one;
     const Element* b = stretches[piece].b + b_at;
+#pragma GCC unroll 4
     for (int64_t k = stretches[piece].length; k > 0; --k, a += s.a_k, b += s.b_k) {
       typename Op::Elements right[NV];
 #pragma GCC unroll 4
