@@ -31,7 +31,7 @@ def _exponentials(p_out, turns, SIZE: tl.constexpr):
 
 def exponentials(device: str) -> tuple[float, Callable[[], torch.Tensor]]:
     """(how many exponentials a run takes, the run, which returns the last numbers [programs, SIZE])."""
-    programs = PROGRAMS * torch.cuda.get_device_properties().multi_processor_count
+    programs = PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
     out = torch.empty(programs, SIZE, device=device)
 
     def run() -> torch.Tensor:

@@ -91,7 +91,7 @@ def install() -> None:
         "Event": Event,
         "synchronize": synchronize,
         "get_device_name": lambda: "Stand-in",
-        "get_device_properties": lambda: SimpleNamespace(multi_processor_count=1),
+        "get_device_properties": lambda device: SimpleNamespace(multi_processor_count=1),
         "reset_peak_memory_stats": memory.reset,
         "memory_allocated": lambda: Memory.HELD,
         "max_memory_allocated": memory.peak,
