@@ -137,7 +137,7 @@ def test_what_cannot_be_read_is_refused() -> None:
         ("scattered blocks", "row_sums", False),
         ("softcap", "row_delta", True),
         ("softcap, head kl", "row_delta", False),
-        ("few rows, pooled", "map_gradient", True),
+        ("pooled, in logs", "map_gradient", True),
         ("pooled", "map_gradient", False),
     ],
 )
