@@ -13,18 +13,27 @@ _INTERPRETER = Tile(16, 16, 4, 1, "small: several tiles at sizes that an interpr
 
 
 def tile_for(
-    kernel: str, variant: str, architecture: str, size: int, itemsize: int, each: bool = False
+    kernel: str,
+    variant: str,
+    architecture: str,
+    size: int,
+    itemsize: int,
+    each: bool = False,
+    tf32: bool = True,
 ) -> Tile:
     """The tile of a kernel.
 
     Args:
         kernel: its name in the tables. variant: "logs", "scores" or "": what the maps hold.
         architecture: as ``launch.architecture``. size: the larger head size of the two sides.
-        itemsize: bytes of an element of q. each: one map a head.
+        itemsize: bytes of an element of q. each: one map a head. tf32: how fp32 products are taken.
     """
     if architecture == "interpreter":
         return _INTERPRETER
-    table = (tables_fp32 if itemsize > 2 else tables_half).table_of(architecture, size)
+    if itemsize > 2:
+        table = tables_fp32.table_of(architecture, size, tf32)
+    else:
+        table = tables_half.table_of(architecture, size)
     names = (f"{kernel}_{variant}_each", f"{kernel}_{variant}", kernel, "other")
     return next(table[name] for name in names[0 if each else 1 :] if name in table)
 

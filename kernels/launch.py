@@ -138,7 +138,8 @@ class Call:
         own = {MIX: self.heads == "mix", WIDE: self.wide, SCATTERED: not self.lists.interval}
         named = (*branches, *(name for name, on in own.items() if on))
         what = (kernel, variant, architecture(self.device), size, self.dtype.itemsize)
-        return branch_tile(*what, named) or tile_for(*what, self.heads == "each")
+        tf32 = precision(self.dtype, what[2]) == "tf32"
+        return branch_tile(*what, named) or tile_for(*what, self.heads == "each", tf32)
 
     def multiprocessors(self) -> int:
         """How many programs run at once, about; what splitting few rows aims at."""

@@ -92,8 +92,13 @@ _WIDE_TABLES: dict[str, Table] = {
 }
 
 
-def table_of(architecture: str, size: int) -> Table:
-    """The tiles of an architecture for a head size; NVIDIA's without a table get those of mma.sync."""
+def table_of(architecture: str, size: int, tf32: bool) -> Table:
+    """The tiles of an architecture for a head size.
+
+    mma.sync's are NVIDIA's without a table and, with other products than tf32, all of NVIDIA's: FMA takes
+    them from registers, in which 64 rows spill thousands of numbers.
+    """
     wide, plain = (_WIDE_TABLES, _WIDE_MMA_SYNC) if size > 128 else (_TABLES, _MMA_SYNC)
-    unknown = plain if architecture.startswith("sm_") else {"other": _PLAIN}
-    return wide.get(architecture, unknown)
+    if not architecture.startswith("sm_"):
+        return wide.get(architecture, {"other": _PLAIN})
+    return wide.get(architecture, plain) if tf32 else plain

@@ -49,6 +49,14 @@ def test_what_has_no_table_still_gets_a_tile() -> None:
         assert tile_for("dq", "", "sm_99", size, itemsize).mma_sync is False
 
 
+@pytest.mark.parametrize("size", HEAD_DIMS)
+def test_fp32_without_tf32_takes_no_tile_of_wgmma_or_tcgen05(size: int) -> None:
+    for kernel, target in itertools.product(KERNELS, ("sm_90", "sm_100")):
+        tile = tile_for(kernel, "", target, size, 4, tf32=False)
+        assert max(tile.rows, tile.keys) <= 32
+        assert tile == tile_for(kernel, "", "sm_80", size, 4)
+
+
 def test_the_gate_asks_for_the_instruction_that_the_tile_was_made_for() -> None:
     """dk of the other keys, fp32 at head_dim 256: mma.sync on sm_90, which is no wgmma."""
     _, launch = next(
