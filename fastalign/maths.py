@@ -275,20 +275,35 @@ def units_of(spec: AlignSpec, statistics: Tensor, weight: Tensor, entries: Tenso
         statistics: [n, B, G, R] of ``row_statistics``; R = 1 for pooled vectors.
         weight: [B, R] row weights. entries: [B, R] compared columns that each row sees.
     """
+    rows, by_unit = _unit_weights(spec, weight, entries)
+    count = _count(spec, by_unit, weight, entries, groups=statistics.shape[2])
+    if spec.compare == "map":
+        statistics = (statistics * rows).sum(-1, keepdim=True)
+    return Units(statistics, by_unit, by_unit if spec.compare == "pooled" else rows, count)
+
+
+def unit_count(spec: AlignSpec, weight: Tensor, entries: Tensor, groups: int) -> Tensor:
+    """``Units.count`` alone, for who knows the rows but no statistics of them."""
+    return _count(spec, _unit_weights(spec, weight, entries)[1], weight, entries, groups)
+
+
+def _unit_weights(spec: AlignSpec, weight: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of the rows [B, 1, R], 0 where a row sees nothing, and of the units [B, 1, U]."""
     seen = (entries > 0) & (weight > 0)
     rows = torch.where(seen, weight, 0.0).unsqueeze(1)
-    by_unit = rows
-    if spec.compare != "row":
-        if spec.compare == "map":
-            statistics = (statistics * rows).sum(-1, keepdim=True)
-        by_unit = seen.any(-1, keepdim=True).unsqueeze(1).to(weight.dtype)
+    if spec.compare == "row":
+        return rows, rows
+    return rows, seen.any(-1, keepdim=True).unsqueeze(1).to(weight.dtype)
+
+
+def _count(
+    spec: AlignSpec, by_unit: Tensor, weight: Tensor, entries: Tensor, groups: int
+) -> Tensor:
     if spec.reduction == "sum":
-        count = weight.new_ones(())
-    else:
-        each = entries * weight if spec.reduction == "element_mean" else by_unit
-        count = each.sum() * statistics.shape[2]
-        count = torch.where(count == 0, 1.0, count)
-    return Units(statistics, by_unit, by_unit if spec.compare == "pooled" else rows, count)
+        return weight.new_ones(())
+    each = entries * weight if spec.reduction == "element_mean" else by_unit
+    count = each.sum() * groups
+    return torch.where(count == 0, 1.0, count)
 
 
 def cosine(statistics: Tensor) -> Tensor:

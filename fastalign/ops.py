@@ -31,7 +31,7 @@ _PROBLEM = (
 )
 _NAMES = tuple(field.name for field in fields(Problem))  # in the order of _PROBLEM
 _FIELDS = len(_NAMES)
-_LEAVES = ("q_s", "k_s", "mix", "sink_s")  # what has a gradient, in the order of ``Gradients``
+_LEAVES = Gradients._fields  # what has a gradient
 _AT = tuple(_NAMES.index(name) for name in _LEAVES)
 _SAVED = (
     "Tensor saved_lse_s, Tensor saved_lse_t, Tensor statistics, Tensor entries, Tensor pooled, "
@@ -135,13 +135,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     """d loss / d (leaves that ask); None for everything else, the teacher included."""
-    out: list[Tensor | None] = [None] * len(ctx.layout)
     if grad is None or not any(ctx.needs_input_grad[i] for i in _AT):
-        return tuple(out)
+        return (None,) * len(ctx.layout)
     count = sum(ctx.layout)
     tensors, scalars = iter(ctx.saved_tensors[:count]), iter(ctx.scalars)
     arguments = [next(tensors if is_tensor else scalars) for is_tensor in ctx.layout]
     gradients = torch.ops.fastalign.align_backward(*arguments, grad, *ctx.saved_tensors[count:])
+    return _by_argument(ctx, gradients, len(ctx.layout))
+
+
+def _by_argument(ctx: Any, gradients: tuple[Tensor, ...], count: int) -> tuple[Tensor | None, ...]:
+    """The leaves' gradients where autograd wants them, among None for all other of ``count`` arguments."""
+    out: list[Tensor | None] = [None] * count
     for at, gradient in zip(_AT, gradients, strict=True):
         out[at] = gradient if ctx.needs_input_grad[at] else None
     return tuple(out)
@@ -198,10 +203,7 @@ def _multiply(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * int(ctx.inputs)
     scaled = torch.ops.fastalign.scale_gradients(*ctx.saved_tensors, grad)
-    out: list[Tensor | None] = [None] * int(ctx.inputs)
-    for at, gradient in zip(_AT, scaled, strict=True):
-        out[at] = gradient if ctx.needs_input_grad[at] else None
-    return tuple(out)
+    return _by_argument(ctx, scaled, ctx.inputs)
 
 
 def _scale(*arguments: Any, last: bool = False) -> tuple[Tensor, ...]:

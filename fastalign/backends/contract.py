@@ -47,7 +47,7 @@ class Gradients(NamedTuple):
 
     def like(self, problem: Problem) -> Gradients:
         """The same in the types of what they are gradients of."""
-        leaves = (problem.q_s, problem.k_s, problem.mix, problem.sink_s)
+        leaves = (getattr(problem, name) for name in self._fields)
         return Gradients(*(
             x if leaf is None else x.to(leaf.dtype) for x, leaf in zip(self, leaves, strict=True)
         ))  # fmt: skip

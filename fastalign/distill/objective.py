@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..maths import units_of
+from ..maths import unit_count
 from ..models import AttentionAlignment, TeacherCache
 from ..models.cache import AnswerLogits
 from ..models.controls import compared_columns
@@ -159,8 +159,7 @@ class Objective:
             groups = self.teacher.text_config.num_attention_heads * max(windows)
         if not seen.any():  # the loss divides by 1 there, the step's count must not grow
             return 0.0
-        nothing = seen.new_zeros(()).double().expand(1, len(seen), groups, seen.shape[1])
-        return float(units_of(spec, nothing, used.double(), seen.double()).count)
+        return float(unit_count(spec, used.double(), seen.double(), groups))
 
     # ----------------------------------------------------------------------- counts
 
