@@ -39,7 +39,7 @@ test-slow: $(VENV)/.ready
 	$(PYTEST) -m "slow and not gpu" tests
 
 gates: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.static_report --dtypes bf16 fp16 fp32 --variants
+	$(BIN)/python -m benchmarks.static_report --dtypes bf16 fp16 tf32 fp32 --variants $(GATES)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -37,18 +38,20 @@ from benchmarks.static.report import (
     TARGETS,
     Row,
     failures,
+    has_tf32,
     launches,
     row_of,
     sums,
 )
 
 
-def one_cell(cell: tuple[str, int, str, bool]) -> list[Row]:
-    """The rows of one (target, head_dim, dtype)."""
-    target, head_dim, dtype, variants = cell
+def one_cell(cell: tuple[str, int, str], variants: bool, kernels: list[str]) -> list[Row]:
+    """The rows of one (target, head_dim, dtype); kernels: only these, or all if there is none."""
+    target, head_dim, dtype = cell
     return [
         row_of(objective, launch, TARGETS[target], head_dim, dtype)
         for objective, launch in launches(target, head_dim, dtype, variants)
+        if not kernels or launch.name in kernels
     ]
 
 
@@ -125,6 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), help="default: all")
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS))
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=list(DTYPES))
+    parser.add_argument("--kernels", nargs="+", default=[], metavar="NAME", help="default: all")
     parser.add_argument(
         "--variants", action="store_true", help="compile other objectives' branches, too"
     )
@@ -134,15 +138,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     targets = options.targets or ([] if options.pieces else list(TARGETS))
     cells = [
-        (target, head_dim, dtype, options.variants)
+        (target, head_dim, dtype)
         for target in targets
         for head_dim in options.head_dims
         for dtype in options.dtypes
+        if dtype != "tf32" or has_tf32(target)
     ]
     print(HEADER, flush=True)
     rows = [row for piece in options.pieces for row in rows_of(piece)]
-    with ProcessPoolExecutor(options.jobs) as pool:
-        for done in as_completed([pool.submit(one_cell, cell) for cell in cells]):
+    # spawned: a forked process stands still at its first tensor, because torch's threads are not with it
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        what = (options.variants, options.kernels)
+        for done in as_completed([pool.submit(one_cell, cell, *what) for cell in cells]):
             for row in done.result():
                 rows.append(row)
                 print(line(row), flush=True)

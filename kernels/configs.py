@@ -19,19 +19,20 @@ def tile_for(
     size: int,
     itemsize: int,
     each: bool = False,
-    tf32: bool = True,
+    by_fma: bool = False,
 ) -> Tile:
     """The tile of a kernel.
 
     Args:
         kernel: its name in the tables. variant: "logs", "scores" or "": what the maps hold.
         architecture: as ``launch.architecture``. size: the larger head size of the two sides.
-        itemsize: bytes of an element of q. each: one map a head. tf32: how fp32 products are taken.
+        itemsize: bytes of an element of q. each: one map a head. by_fma: fp32 products are
+            not the matrix unit's (``launch.Call.by_fma``).
     """
     if architecture == "interpreter":
         return _INTERPRETER
     if itemsize > 2:
-        table = tables_fp32.table_of(architecture, size, tf32)
+        table = tables_fp32.table_of(architecture, size, by_fma)
     else:
         table = tables_half.table_of(architecture, size)
     names = (f"{kernel}_{variant}_each", f"{kernel}_{variant}", kernel, "other")

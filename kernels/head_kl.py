@@ -8,6 +8,9 @@ With s, t the scores (log2), LS, LT their log2-sum-exps over N(i), and V the com
 so a row needs (m, l) of both sides and a, b, all rescaled together when the teacher's pivot m moves: no
 sweep for the log-sum-exps comes first. Keys of N outside V add to the log-sum-exps alone; they form a
 list of their own and come second. A row that sees no compared column gives 0.
+
+Where products are FMA, AGAIN, the rows' q of both sides are read again (out of the L1) at every tile: FMA
+takes its operands from registers, which cannot hold both from one tile to the next.
 """
 
 from __future__ import annotations
@@ -36,21 +39,29 @@ from .primitives import (
 
 @triton.jit
 def _add_tile(
-    state, b_qs, b_qt, p_ks, p_kt, p_keys, o_c, o_ds, o_dt, b_who, b_lo, b_hi,
+    state, queries, p_ks, p_kt, p_keys, o_c, o_ds, o_dt, b_who, b_lo, b_hi,
     skl_s, skl_t, key_length, window, factor_s, cap_s, factor_t, cap_t,
     MASK: tl.constexpr, INSIDE: tl.constexpr,
     DS: tl.constexpr, BDS: tl.constexpr, CAP_S: tl.constexpr,
     DT: tl.constexpr, BDT: tl.constexpr, CAP_T: tl.constexpr,
     INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """The state with the keys o_c in it."""
+    """The state with the keys o_c in it.
+
+    queries: q [BR, BD] of both sides, and where to read them again.
+    """
     b_ms, b_ls, b_mt, b_lt, b_a, b_b = state
+    b_qs, b_qt, p_qs, p_qt, sqr_s, sqr_t, b_row = queries
+    if AGAIN:
+        b_qs = _read_again(p_qs, tile_offsets(b_row, sqr_s, o_ds, WIDE), o_ds, DS)
     b_j = slot(p_keys, o_c, key_length, 0)  # [BC]
     b_k = load_tile(p_ks, tile_offsets(b_j, skl_s, o_ds, WIDE), o_ds, DS, BDS, UPCAST)
     b_s = tl.dot(b_qs, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
     b_s = log2_scores(b_s, factor_s, cap_s, CAP_S)
     b_k = load_tile(p_kt, tile_offsets(b_j, skl_t, o_dt, WIDE), o_dt, DT, BDT, UPCAST)
+    if AGAIN:
+        b_qt = _read_again(p_qt, tile_offsets(b_row, sqr_t, o_dt, WIDE), o_dt, DT)
     b_t = tl.dot(b_qt, tl.trans(b_k), input_precision=PRECISION)  # [BR, BC]
     b_t = log2_scores(b_t, factor_t, cap_t, CAP_T)
     b_gap = b_t - b_s
@@ -80,13 +91,13 @@ def _add_tile(
 
 @triton.jit
 def _sweep(
-    state, b_qs, b_qt, p_ks, p_kt, p_keys, o_ds, o_dt, b_who, b_lo, b_hi,
+    state, queries, p_ks, p_kt, p_keys, o_ds, o_dt, b_who, b_lo, b_hi,
     skl_s, skl_t, key_length, window, factor_s, cap_s, factor_t, cap_t,
     INSIDE: tl.constexpr, BC: tl.constexpr,
     DS: tl.constexpr, BDS: tl.constexpr, CAP_S: tl.constexpr,
     DT: tl.constexpr, BDT: tl.constexpr, CAP_T: tl.constexpr,
     INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """The state, six numbers [BR], after one list of keys: tiles that need a mask, then the others."""
     i_lo, i_hi = reached(b_lo, b_hi, BC)
@@ -94,19 +105,19 @@ def _sweep(
     for i_edge in range(i_lo, i_hi - (i_out - i_in)):
         o_c = edge_tile(i_edge, i_in, i_out) * BC + tl.arange(0, BC)  # [BC]
         state = _add_tile(
-            state, b_qs, b_qt, p_ks, p_kt, p_keys, o_c, o_ds, o_dt, b_who, b_lo, b_hi,
+            state, queries, p_ks, p_kt, p_keys, o_c, o_ds, o_dt, b_who, b_lo, b_hi,
             skl_s, skl_t, key_length, window, factor_s, cap_s, factor_t, cap_t,
             True, INSIDE, DS, BDS, CAP_S, DT, BDT, CAP_T,
-            INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
+            INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION, AGAIN,
         )  # fmt: skip
     if INTERVAL:
         for i_c in range(i_in, i_out):
             o_c = i_c * BC + tl.arange(0, BC)  # [BC]
             state = _add_tile(
-                state, b_qs, b_qt, p_ks, p_kt, p_keys, o_c, o_ds, o_dt, b_who, b_lo, b_hi,
+                state, queries, p_ks, p_kt, p_keys, o_c, o_ds, o_dt, b_who, b_lo, b_hi,
                 skl_s, skl_t, key_length, window, factor_s, cap_s, factor_t, cap_t,
                 False, INSIDE, DS, BDS, CAP_S, DT, BDT, CAP_T,
-                INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
+                INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION, AGAIN,
             )  # fmt: skip
     return state
 
@@ -122,7 +133,7 @@ def _head_kl(
     DT: tl.constexpr, BDT: tl.constexpr, CAP_T: tl.constexpr,
     SINK_S: tl.constexpr, SINK_T: tl.constexpr, OTHERS: tl.constexpr,
     INTERVAL: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
-    WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     i_r, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     p_rows += i_b * 11 * row_length
@@ -137,21 +148,22 @@ def _head_kl(
     b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 6)
     b_qs = load_tile(p_qs, tile_offsets(b_row, sqr_s, o_ds, WIDE), o_ds, DS, BDS, UPCAST)
     b_qt = load_tile(p_qt, tile_offsets(b_row, sqr_t, o_dt, WIDE), o_dt, DT, BDT, UPCAST)
+    queries = (b_qs, b_qt, p_qs, p_qt, sqr_s, sqr_t, b_row)
     b_never = tl.full([BR], float("-inf"), tl.float32)
     b_0 = tl.zeros([BR], tl.float32)
     state = _sweep(
-        (b_never, b_0, b_never, b_0, b_0, b_0), b_qs, b_qt, p_ks, p_kt, p_keys, o_ds, o_dt,
+        (b_never, b_0, b_never, b_0, b_0, b_0), queries, p_ks, p_kt, p_keys, o_ds, o_dt,
         b_who, b_lo, b_hi, skl_s, skl_t, key_length, window, factor_s, cap_s, factor_t, cap_t,
         True, BC, DS, BDS, CAP_S, DT, BDT, CAP_T,
-        INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
+        INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION, AGAIN,
     )  # fmt: skip
     if OTHERS:
         b_row, b_who, b_lo, b_hi = row_block(p_rows, o_r, row_length, 8)
         state = _sweep(
-            state, b_qs, b_qt, p_ks, p_kt, p_others + i_b * 5 * key_length, o_ds, o_dt,
+            state, queries, p_ks, p_kt, p_others + i_b * 5 * key_length, o_ds, o_dt,
             b_who, b_lo, b_hi, skl_s, skl_t, key_length, window, factor_s, cap_s, factor_t, cap_t,
             False, BC, DS, BDS, CAP_S, DT, BDT, CAP_T,
-            INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION,
+            INTERVAL, CAUSAL, WINDOW, BLOCKS, WIDE, UPCAST, PRECISION, AGAIN,
         )  # fmt: skip
     b_ms, b_ls, b_mt, b_lt, b_a, b_b = state
     b_alive = b_lt > 0
@@ -169,6 +181,12 @@ def _head_kl(
     tl.store(p_lse_s + o_out, b_lse_s * LN2, mask=m_out)
     tl.store(p_lse_t + o_out, b_lse_t * LN2, mask=m_out)
     tl.store(p_out + o_out, b_kl, mask=m_out)
+
+
+@triton.jit
+def _read_again(p, o, o_d, D: tl.constexpr):
+    """[BR, BD]: fp32 rows of q; volatile, so that no compiler moves the load out of the loop."""
+    return tl.load(p + o, mask=o_d[None, :] < D, other=0.0, volatile=True)
 
 
 @triton.jit
@@ -217,6 +235,7 @@ def head_kl(
             "SINK_S": sink_s is not None,
             "SINK_T": sink_t is not None,
             "OTHERS": others,
+            "AGAIN": call.by_fma,
         },
         tile,
     )

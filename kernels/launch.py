@@ -138,8 +138,14 @@ class Call:
         own = {MIX: self.heads == "mix", WIDE: self.wide, SCATTERED: not self.lists.interval}
         named = (*branches, *(name for name, on in own.items() if on))
         what = (kernel, variant, architecture(self.device), size, self.dtype.itemsize)
-        tf32 = precision(self.dtype, what[2]) == "tf32"
-        return branch_tile(*what, named) or tile_for(*what, self.heads == "each", tf32)
+        return branch_tile(*what, named) or tile_for(*what, self.heads == "each", self.by_fma)
+
+    @property
+    def by_fma(self) -> bool:
+        """Whether products are FMA, with operands in registers: fp32's own, but for AMD's matrix units."""
+        name = architecture(self.device)
+        exact = self.dtype == torch.float32 and precision(self.dtype, name) == "ieee"
+        return exact and not name.startswith("gfx")
 
     def multiprocessors(self) -> int:
         """How many programs run at once, about; what splitting few rows aims at."""

@@ -1,7 +1,8 @@
 """Tiles for fp32, by architecture and head size.
 
-They are half as large as those of half precision: so are the registers that their operands leave. Products
-are tf32 where there is any (``launch.precision``). ``why``: as in ``tables_half``.
+They are half as large as those of half precision: so are the registers that their operands leave. Where
+torch is told so (``launch.precision``) products are tf32; NVIDIA's others are FMA. ``why``: as in
+``tables_half``.
 """
 
 from __future__ import annotations
@@ -92,13 +93,28 @@ _WIDE_TABLES: dict[str, Table] = {
 }
 
 
-def table_of(architecture: str, size: int, tf32: bool) -> Table:
-    """The tiles of an architecture for a head size.
+# Products by FMA, on every NVIDIA: no rows or keys are too few, but every operand is in registers.
+_FMA: Table = {
+    "other": Tile(32, 32, 8, 1, "with 128 registers it spills", registers=255),
+    "row_delta": Tile(16, 16, 8, 1, "wider tiles, and 4 warps, spill", registers=255),
+    "dq": Tile(16, 32, 8, 1, "32x32 spills at head_dim 128", registers=255),
+    "map_gradient_logs_each": Tile(16, 16, 8, 1, "wider tiles spill on sm_80 or sm_86"),
+    "head_kl": Tile(16, 32, 16, 1, "32x32, and 8 warps, spill on sm_80 or sm_100"),
+}
+_NARROW_FMA: Table = {
+    **_FMA,
+    "head_kl": Tile(16, 16, 8, 1, "16x32 with 16 warps spills on sm_80", registers=255),
+}
+_WIDE_FMA: Table = {
+    **_WIDE_MMA_SYNC,
+    "map_gradient_logs_each": _FMA["map_gradient_logs_each"],
+    "head_kl": _FMA["head_kl"],
+}
 
-    mma.sync's are NVIDIA's without a table and, with other products than tf32, all of NVIDIA's: FMA takes
-    them from registers, in which 64 rows spill thousands of numbers.
-    """
+
+def table_of(architecture: str, size: int, by_fma: bool) -> Table:
+    """The tiles of an architecture for a head size; NVIDIA's without a table takes mma.sync's."""
+    if by_fma:
+        return _WIDE_FMA if size > 128 else _FMA if size > 64 else _NARROW_FMA
     wide, plain = (_WIDE_TABLES, _WIDE_MMA_SYNC) if size > 128 else (_TABLES, _MMA_SYNC)
-    if not architecture.startswith("sm_"):
-        return wide.get(architecture, {"other": _PLAIN})
-    return wide.get(architecture, plain) if tf32 else plain
+    return wide.get(architecture, plain if architecture.startswith("sm_") else {"other": _PLAIN})

@@ -41,7 +41,7 @@ class Case:
         head_dim: of both sides. dtype: of q and k. heads_s, heads_t: query heads; repeat: query heads
             per key head. spec: the objective. rows: compared rows, the last ones; 0: all. pitch: elements
             from one row of q and k to the next; 0: as a projection leaves them. given: further arguments
-            of the call.
+            of the call. tf32: how fp32 products are taken where there is any, as by torch's own precision.
     """
 
     head_dim: int = 128
@@ -53,6 +53,7 @@ class Case:
     rows: int = 0
     pitch: int = 0
     given: Mapping[str, Any] = field(default_factory=dict)
+    tf32: bool = False
 
 
 @contextmanager
@@ -70,10 +71,7 @@ def _recording(target: str) -> Iterator[list[Launch]]:
 
 
 def record(case: Case, target: str) -> list[Launch]:
-    """The launches of a forward and a backward on ``target`` (sm_80, gfx942, ...).
-
-    fp32 products are recorded as tf32: "ieee" ones are no matter of the matrix unit.
-    """
+    """The launches of a forward and a backward on ``target`` (sm_80, gfx942, ...)."""
     size = case.head_dim
     rows = case.rows or LENGTH
 
@@ -100,7 +98,7 @@ def record(case: Case, target: str) -> list[Launch]:
         spec=case.spec,
     )
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if case.tf32 else "highest")
     try:
         with _recording(target) as launches:
             saved = backend.forward(problem)

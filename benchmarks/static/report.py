@@ -20,7 +20,13 @@ from .flash import _flash
 from .jobs import WORK, has_products, job_of, pairs_of
 from .record import LENGTH, VISUAL, Case, Launch, record
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+#: tf32: fp32 in memory, products as tf32. fp32: products as torch takes them unless told otherwise.
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "fp32": torch.float32,
+}
 HEAD_DIMS = (64, 80, 96, 128, 256)
 #: Objectives whose launches together are every kernel.
 OBJECTIVES = {
@@ -184,17 +190,27 @@ def launches(
             if key not in seen:
                 seen.add(key)
                 yield objective, launch
+    if dtype == "fp32":
+        return  # the yardstick knows no products but the matrix unit's
     for tile in YARDSTICKS:
         yield "yardstick", flash_launch(head_dim, DTYPES[dtype], tile)
+
+
+def has_tf32(target: str) -> bool:
+    """Whether a target's matrix unit knows tf32; where not, fp32 and tf32 are the same launches."""
+    return target != "gfx950"
 
 
 def _cases(head_dim: int, dtype: str, variants: bool) -> Iterator[tuple[str, Case]]:
     for objective, spec in {**OBJECTIVES, **(VARIANTS if variants else {})}.items():
         heads_t = 16 if spec.heads == "each" else 20
-        yield objective, Case(head_dim, DTYPES[dtype], 16, heads_t, 4, spec)
+        yield (
+            objective,
+            Case(head_dim, DTYPES[dtype], 16, heads_t, 4, spec, tf32=dtype == "tf32"),
+        )
     if variants and (head_dim, dtype) == BRANCHES_AT:
         for objective, arguments in BRANCHES.items():
-            yield objective, Case(head_dim, DTYPES[dtype], **arguments)
+            yield objective, Case(head_dim, DTYPES[dtype], **arguments, tf32=dtype == "tf32")
 
 
 def flash_launch(head_dim: int, dtype: torch.dtype, tile: Tile) -> Launch:
@@ -230,7 +246,9 @@ def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype:
         reason = f"does not compile: {str(error).strip().splitlines()[-1]}"
         return replace(row, problems=(reason,))
     bound = None if objective in BRANCHES else _bound(launch, compiled)  # jobs know no branches
-    wanted = "HMMA" if tile.mma_sync else target.tensor_core
+    by_fma = _by_fma(launch, target)
+    wanted = r"HMMA|HGMMA|UTC\w*MMA" if by_fma else "HMMA" if tile.mma_sync else target.tensor_core
+    on_unit = compiled.products > 0 and not by_fma
     products = len(re.findall(rf"\b(?:{wanted})\S*", compiled.code))
     ex2 = r"MUFU\.EX2" if target.backend == "cuda" else r"v_exp_f32"
     row = replace(
@@ -251,7 +269,7 @@ def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype:
         bytes_per_element=_bytes(launch),
         pairs=pairs_of(launch) if launch.name == "dk" else None,
     )
-    problems = _problems(row, compiled, has_products(launch), wanted)
+    problems = _problems(row, compiled, has_products(launch), wanted, on_unit)
     return replace(row, problems=tuple(problems))
 
 
@@ -277,8 +295,21 @@ def _bytes(launch: Launch) -> float | None:
     return sides * size / (keys if launch.name == "dk" else rows)
 
 
-def _problems(row: Row, compiled: Compiled, products: bool, wanted: str) -> Iterator[str]:
-    """What keeps a compiled kernel from being shipped; products: whether its task takes any."""
+def _by_fma(launch: Launch, target: Target) -> bool:
+    """Whether a launch's products are fp32's own, which NVIDIA's matrix units do not know."""
+    ieee = launch.arguments.get("PRECISION") == "ieee"
+    return ieee and target.backend == "cuda" and launch.arguments["p_qs"].dtype == torch.float32
+
+
+def _problems(
+    row: Row, compiled: Compiled, products: bool, wanted: str, on_unit: bool
+) -> Iterator[str]:
+    """What keeps a compiled kernel from being shipped.
+
+    Args:
+        products: whether its task takes any. wanted: the matrix unit's instruction; on_unit: whether
+            it must be there: for all products that the source asks for but those by FMA.
+    """
     if row.kernel == "flash":
         return  # the yardstick, not ours
     if row.stack_bytes or row.spills:
@@ -294,8 +325,8 @@ def _problems(row: Row, compiled: Compiled, products: bool, wanted: str) -> Iter
         yield f"{row.atomics} atomics"
     if products != (compiled.products > 0):
         yield f"{compiled.products} matrix products where {'some are' if products else 'none is'} needed"
-    if bool(compiled.products) != bool(row.tensor_core_ops):
-        yield f"{compiled.products} matrix products, {row.tensor_core_ops} {wanted}"
+    if on_unit != bool(row.tensor_core_ops):
+        yield f"{row.tensor_core_ops} {wanted} for {compiled.products} {row.dtype} products"
 
 
 def failures(rows: Iterable[Row]) -> list[str]:
@@ -363,4 +394,14 @@ def _sum(limit: Limit, target: str, launched: list[list[Row]]) -> Sum:
     )
 
 
-__all__ = ["DTYPES", "HEAD_DIMS", "TARGETS", "Row", "failures", "launches", "row_of", "sums"]
+__all__ = [
+    "DTYPES",
+    "HEAD_DIMS",
+    "TARGETS",
+    "Row",
+    "failures",
+    "has_tf32",
+    "launches",
+    "row_of",
+    "sums",
+]

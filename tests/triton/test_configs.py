@@ -50,25 +50,46 @@ def test_what_has_no_table_still_gets_a_tile() -> None:
 
 
 @pytest.mark.parametrize("size", HEAD_DIMS)
-def test_fp32_without_tf32_takes_no_tile_of_wgmma_or_tcgen05(size: int) -> None:
-    for kernel, target in itertools.product(KERNELS, ("sm_90", "sm_100")):
-        tile = tile_for(kernel, "", target, size, 4, tf32=False)
+def test_products_by_fma_take_the_same_tiles_on_every_nvidia(size: int) -> None:
+    """No matrix unit, so that its architecture says nothing; and no 64 rows, which FMA cannot hold."""
+    for kernel, target in itertools.product(KERNELS, ("sm_90", "sm_100", "sm_120", "sm_99")):
+        tile = tile_for(kernel, "", target, size, 4, by_fma=True)
         assert max(tile.rows, tile.keys) <= 32
-        assert tile == tile_for(kernel, "", "sm_80", size, 4)
+        assert tile == tile_for(kernel, "", "sm_80", size, 4, by_fma=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "fma", "unit"),
+    [
+        ("sm_90", "fp32", True, False),
+        ("sm_90", "tf32", False, True),
+        ("gfx942", "fp32", False, True),
+        ("gfx950", "fp32", False, True),
+    ],
+)
+def test_where_fp32_products_are_taken(target: str, dtype: str, fma: bool, unit: bool) -> None:
+    """fp32 as torch has it: FMA on NVIDIA, no tf32 behind one's back; matrix unit on AMD, tf32 there."""
+    _, launch = next(
+        x for x in launches(target, 64, dtype, variants=False) if x[1].name == "head_kl"
+    )
+    assert launch.arguments["AGAIN"] is fma
+    row = row_of("head kl", launch, TARGETS[target], 64, dtype)
+    assert row.problems == ()
+    assert (row.tensor_core_ops > 0) is unit
 
 
 def test_the_gate_asks_for_the_instruction_that_the_tile_was_made_for() -> None:
-    """dk of the other keys, fp32 at head_dim 256: mma.sync on sm_90, which is no wgmma."""
+    """dk of the other keys, tf32 at head_dim 256: mma.sync on sm_90, which is no wgmma."""
     _, launch = next(
         (objective, x)
-        for objective, x in launches("sm_90", 256, "fp32", variants=False)
+        for objective, x in launches("sm_90", 256, "tf32", variants=False)
         if x.name == "dk" and not x.arguments["INSIDE"]
     )
     assert launch.tile.mma_sync
-    row = row_of("head mean", launch, TARGETS["sm_90"], 256, "fp32")
+    row = row_of("head mean", launch, TARGETS["sm_90"], 256, "tf32")
     assert row.problems == ()
     assert row.config.endswith("mma.sync")
     assert row.tensor_core_ops > 0
     claimed = replace(launch, tile=replace(launch.tile, mma_sync=False))
-    (problem,) = row_of("head mean", claimed, TARGETS["sm_90"], 256, "fp32").problems
-    assert problem.endswith(" 0 HGMMA")
+    (problem,) = row_of("head mean", claimed, TARGETS["sm_90"], 256, "tf32").problems
+    assert problem.startswith("0 HGMMA for ")

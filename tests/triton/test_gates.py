@@ -7,8 +7,12 @@ loops, peeled passes and pipes can be counted by hand.
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +101,26 @@ def test_a_branch_is_what_its_name_says(
         found = [x for objective, x in recorded if (objective, x.name) == (branch, kernel)]
         assert found, kernel
         assert all(launch.arguments[k] == v for launch in found for k, v in facts.items()), kernel
+
+
+def test_the_command_with_several_processes_and_threads(tmp_path: Path) -> None:
+    """As `make gates` runs it: forked after torch had started its threads, processes stood still."""
+    file = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "benchmarks.static_report", "--kernels", "row_sums"]
+    command += ["--targets", "sm_80", "gfx950", "--head-dims", "64", "--dtypes", "bf16", "tf32"]
+    threads = {"OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*command, "--jobs", "2", "--json", str(file)],
+        env={**os.environ, **threads},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {(row["target"], row["dtype"]) for row in json.loads(file.read_text())["rows"]}
+    # gfx950 has no tf32: its fp32 is one cell, not two
+    assert found == {("sm_80", "bf16"), ("sm_80", "tf32"), ("gfx950", "bf16")}
 
 
 def _program(*lines: str) -> str:
