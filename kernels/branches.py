@@ -3,13 +3,15 @@
 A branch is something that a call has beside its objective: SOFTCAP, a SINK_FILTER, a GIVEN map, a learned
 MIX, WIDE offsets, or SCATTERED visibility (segments or blocks interleaved, so that masks compare tokens and
 not places in a list). SEVERAL stands for two of them or more, ANY for one or more. The tables are for half
-precision and head sizes up to 128. What a row replaces spills at head_dim 128 in bf16; the row does not
-(``benchmarks.static.report``: each branch by itself, and all at once).
+precision and head sizes up to 128; those of narrow heads, up to 64, come first. What a row replaces spills
+at head_dim 128 (narrow: 64) in bf16; the row does not (``benchmarks.static.report``: each branch by itself,
+and several at once).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from .configs import Tile
 
@@ -74,6 +76,19 @@ _TABLES: dict[str, _Table] = {
     "gfx942": _CDNA,
     "gfx950": _CDNA,
 }
+_NARROW_TABLES: dict[str, _Table] = {
+    "sm_80": {
+        ("dk", MIX): Tile(64, 32, 8, 2, "64x64 spills beside other branches"),
+        ("dk", SCATTERED): Tile(32, 64, 8, 2, "with 4 warps it spills"),
+        ("dk_logs", SEVERAL): Tile(32, 32, 8, 1, "32x64 spills", registers=255),
+    },
+    "sm_90": {("statistics", GIVEN): Tile(64, 64, 8, 2, "64x128 spills")},
+    "sm_100": {
+        ("statistics", GIVEN): Tile(64, 64, 8, 1, "64x128 spills"),
+        ("dk_logs", SCATTERED): Tile(32, 64, 8, 2, "32x128, and 4 warps, spill", turned=True),
+    },
+    "sm_120": {("statistics", GIVEN): Tile(64, 64, 8, 1, "64x128 spills")},
+}
 
 
 def branch_tile(
@@ -94,7 +109,6 @@ def branch_tile(
         return None
     has = {*branches, ANY} | ({SEVERAL} if len(branches) > 1 else set())
     name = f"{kernel}_logs" if variant == "logs" else kernel
-    table = _TABLES.get(architecture, {})
-    return next(
-        (tile for (row, branch), tile in table.items() if row == name and branch in has), None
-    )
+    tables = (_NARROW_TABLES, _TABLES) if size <= 64 else (_TABLES,)
+    rows = chain.from_iterable(table.get(architecture, {}).items() for table in tables)
+    return next((tile for (row, branch), tile in rows if row == name and branch in has), None)

@@ -41,8 +41,8 @@ VARIANTS = {
     "scores": AlignSpec(normalize="none", divergence="mse"),
     "pooled, in logs": AlignSpec(compare="pooled", divergence="kl"),
 }
-#: Further branches, compiled with ``--variants`` at one head size and dtype: arguments of ``Case``.
-BRANCHES_AT = (128, "bf16")
+#: Further branches, compiled with ``--variants`` at these head sizes and dtypes: arguments of ``Case``.
+BRANCHES_AT = ((64, "bf16"), (128, "bf16"))
 _SCATTERED: dict[str, Any] = {"block_ids": torch.arange(LENGTH)[None] % 2, "window": 512}
 _SEVERAL: dict[str, Any] = {**_SCATTERED, "softcap_s": 50.0, "softcap_t": 50.0}
 _PITCH = 2**31 // LENGTH // 16 * 16 + 4096  # a row's offset in q or k passes 2^31
@@ -208,7 +208,7 @@ def _cases(head_dim: int, dtype: str, variants: bool) -> Iterator[tuple[str, Cas
             objective,
             Case(head_dim, DTYPES[dtype], 16, heads_t, 4, spec, tf32=dtype == "tf32"),
         )
-    if variants and (head_dim, dtype) == BRANCHES_AT:
+    if variants and (head_dim, dtype) in BRANCHES_AT:
         for objective, arguments in BRANCHES.items():
             yield objective, Case(head_dim, DTYPES[dtype], **arguments, tf32=dtype == "tf32")
 

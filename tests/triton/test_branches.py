@@ -38,6 +38,13 @@ def test_the_first_row_that_fits_is_taken() -> None:
     assert _rows_and_keys("statistics", "", "sm_80", WIDE) == (128, 64)
     assert _rows_and_keys("statistics", "", "sm_80", SOFTCAP) is None
     assert _rows_and_keys("dk", "scores", "sm_80", MIX) == (64, 64)
+    # narrow heads have rows of their own, before the others
+    assert branch_tile("dk", "", "sm_80", 64, 2, (MIX,)) is not branch_tile(
+        "dk", "", "sm_80", 128, 2, (MIX,)
+    )
+    assert branch_tile("dk", "", "sm_90", 64, 2, (MIX,)) is branch_tile(
+        "dk", "", "sm_90", 128, 2, (MIX,)
+    )
     # maps in logs have rows of their own or none
     assert _rows_and_keys("dq", "logs", "sm_89", SCATTERED) == (64, 32)
     assert _rows_and_keys("dq", "", "sm_89", SCATTERED) is None
@@ -57,18 +64,23 @@ def test_every_row_is_taken_by_some_call() -> None:
     """A row behind others that fit whatever it fits would never be."""
     names = (SOFTCAP, SINK_FILTER, GIVEN, MIX, WIDE, SCATTERED)
     calls = [(x,) for x in names] + list(permutations(names, 2))
-    for target, table in branches._TABLES.items():
-        for (name, branch), tile in table.items():
-            kernel, variant = name.removesuffix("_logs"), "logs" if name.endswith("_logs") else ""
-            assert kernel in KERNELS
-            taken = [branch_tile(kernel, variant, target, 128, 2, call) for call in calls]
-            assert any(tile is one for one in taken), (target, name, branch)
+    rows = [
+        (size, target, *row)
+        for size, tables in ((64, branches._NARROW_TABLES), (128, branches._TABLES))
+        for target, table in tables.items()
+        for row in table.items()
+    ]
+    for size, target, (name, branch), tile in rows:
+        kernel, variant = name.removesuffix("_logs"), "logs" if name.endswith("_logs") else ""
+        assert kernel in KERNELS
+        taken = [branch_tile(kernel, variant, target, size, 2, call) for call in calls]
+        assert any(tile is one for one in taken), (size, target, name, branch)
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
 def recorded(request: pytest.FixtureRequest) -> tuple[str, list[tuple[str, Launch]]]:
     """(target, its launches): once a module, before a test's fixtures fill what torch.empty reserves."""
-    return request.param, list(report.launches(request.param, *report.BRANCHES_AT, variants=True))
+    return request.param, list(report.launches(request.param, 128, "bf16", variants=True))
 
 
 @pytest.mark.parametrize(
