@@ -88,7 +88,7 @@ _WIDE_TABLES: dict[str, Table] = {
         "dq": Tile(64, 32, 8, 1, "with 4 warps it spills"),
         "dk_scores": Tile(32, 64, 8, 1, "not turned it is no tcgen05", turned=True),
     },
-    "gfx942": _WIDE_CDNA,
+    "gfx942": {**_WIDE_CDNA, "dq_logs": Tile(32, 16, 4, 1, "without tf32 32x32 spills")},
     "gfx950": _WIDE_CDNA,
 }
 
