@@ -144,8 +144,7 @@ class Call:
     def by_fma(self) -> bool:
         """Whether products are FMA, with operands in registers: fp32's own, but for AMD's matrix units."""
         name = architecture(self.device)
-        exact = self.dtype == torch.float32 and precision(self.dtype, name) == "ieee"
-        return exact and not name.startswith("gfx")
+        return by_fma(self.dtype, precision(self.dtype, name), name)
 
     def multiprocessors(self) -> int:
         """How many programs run at once, about; what splitting few rows aims at."""
@@ -168,7 +167,17 @@ def precision(dtype: torch.dtype, architecture: str) -> str:
     """How fp32 products are taken: as torch takes its own, in tf32 only where there is any."""
     if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
         return "ieee"
-    return "ieee" if architecture.startswith("gfx") and architecture != "gfx942" else "tf32"
+    return "tf32" if has_tf32(architecture) else "ieee"
+
+
+def has_tf32(architecture: str) -> bool:
+    """Whether an architecture has products in tf32: of AMD's, gfx942 alone."""
+    return architecture == "gfx942" or not architecture.startswith("gfx")
+
+
+def by_fma(dtype: torch.dtype, precision: str, architecture: str) -> bool:
+    """Whether products are not the matrix unit's: fp32's own (``precision``), but for AMD's."""
+    return dtype == torch.float32 and precision == "ieee" and not architecture.startswith("gfx")
 
 
 def padded_size(size: int) -> int:

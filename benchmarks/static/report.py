@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from fastalign.kernels.configs import Tile
+from fastalign.kernels.launch import by_fma, has_tf32
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import PTXASError
 
@@ -196,21 +197,14 @@ def launches(
         yield "yardstick", flash_launch(head_dim, DTYPES[dtype], tile)
 
 
-def has_tf32(target: str) -> bool:
-    """Whether a target's matrix unit knows tf32; where not, fp32 and tf32 are the same launches."""
-    return target != "gfx950"
-
-
 def _cases(head_dim: int, dtype: str, variants: bool) -> Iterator[tuple[str, Case]]:
+    tf32 = dtype == "tf32"
     for objective, spec in {**OBJECTIVES, **(VARIANTS if variants else {})}.items():
         heads_t = 16 if spec.heads == "each" else 20
-        yield (
-            objective,
-            Case(head_dim, DTYPES[dtype], 16, heads_t, 4, spec, tf32=dtype == "tf32"),
-        )
+        yield objective, Case(head_dim, DTYPES[dtype], 16, heads_t, 4, spec, tf32=tf32)
     if variants and (head_dim, dtype) in BRANCHES_AT:
         for objective, arguments in BRANCHES.items():
-            yield objective, Case(head_dim, DTYPES[dtype], **arguments, tf32=dtype == "tf32")
+            yield objective, Case(head_dim, DTYPES[dtype], **arguments, tf32=tf32)
 
 
 def flash_launch(head_dim: int, dtype: torch.dtype, tile: Tile) -> Launch:
@@ -246,9 +240,11 @@ def row_of(objective: str, launch: Launch, target: Target, head_dim: int, dtype:
         reason = f"does not compile: {str(error).strip().splitlines()[-1]}"
         return replace(row, problems=(reason,))
     bound = None if objective in BRANCHES else _bound(launch, compiled)  # jobs know no branches
-    by_fma = _by_fma(launch, target)
-    wanted = r"HMMA|HGMMA|UTC\w*MMA" if by_fma else "HMMA" if tile.mma_sync else target.tensor_core
-    on_unit = compiled.products > 0 and not by_fma
+    # row_sums takes no products, and has no precision
+    precision = launch.arguments.get("PRECISION", "")
+    fma = by_fma(DTYPES[dtype], precision, target.name)
+    wanted = r"HMMA|HGMMA|UTC\w*MMA" if fma else "HMMA" if tile.mma_sync else target.tensor_core
+    on_unit = compiled.products > 0 and not fma
     products = len(re.findall(rf"\b(?:{wanted})\S*", compiled.code))
     ex2 = r"MUFU\.EX2" if target.backend == "cuda" else r"v_exp_f32"
     row = replace(
@@ -293,12 +289,6 @@ def _bytes(launch: Launch) -> float | None:
         return 2 * size * (rows + keys) / (rows * keys)  # both sides, both operands of every head
     sides = 2 if launch.name == "head_kl" else 1
     return sides * size / (keys if launch.name == "dk" else rows)
-
-
-def _by_fma(launch: Launch, target: Target) -> bool:
-    """Whether a launch's products are fp32's own, which NVIDIA's matrix units do not know."""
-    ieee = launch.arguments.get("PRECISION") == "ieee"
-    return ieee and target.backend == "cuda" and launch.arguments["p_qs"].dtype == torch.float32
 
 
 def _problems(
